@@ -1,0 +1,50 @@
+# make build   install into .venv and build, nothing more
+# make demo    train a MobileNetV2 with and without normfused, and compare
+# make test    run the tests
+# make lint    ruff and clang-format
+# make bench   the microbenchmark of README.md
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml constraints.txt
+FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: build demo test lint format bench clean
+
+build: $(VENV)/built
+
+# What compiles comes first, by itself: the build uses the installed torch (no isolation), and runs ninja.
+$(VENV)/built: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel ninja pybind11
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--no-build-isolation --editable '.[test,demo]'
+	$(BIN)/python -m normfused
+	touch $@
+
+demo: build
+	$(BIN)/python -m bench demo
+
+test: build
+	$(BIN)/python -m pytest
+
+bench: build
+	$(BIN)/python -m bench ops
+
+lint: $(BIN)/ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+
+format: $(BIN)/ruff
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+$(BIN)/ruff: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ruff clang-format
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info normfused/*.so

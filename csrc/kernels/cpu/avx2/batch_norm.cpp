@@ -1,0 +1,3 @@
+#include "../target_avx2.h"
+// The target comes first.
+#include "../batch_norm.cpp"

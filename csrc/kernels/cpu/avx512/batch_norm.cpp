@@ -1,0 +1,3 @@
+#include "../target_avx512.h"
+// The target comes first.
+#include "../batch_norm.cpp"

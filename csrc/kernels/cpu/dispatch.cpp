@@ -1,0 +1,105 @@
+// Chooses the instruction set once, at load, and forwards the entry points to it.
+#include "../batch_norm.h"
+#include "../group_norm.h"
+#include "partition.h"
+
+namespace normfused::cpu {
+
+#define NORMFUSED_DECLARE(set)                                          \
+  namespace set {                                                       \
+  void batch_norm_forward(const BatchNormForward& args, ParallelFor);   \
+  void batch_norm_backward(const BatchNormBackward& args, ParallelFor); \
+  void group_norm_forward(const GroupNormForward& args, ParallelFor);   \
+  void group_norm_backward(const GroupNormBackward& args, ParallelFor); \
+  }
+
+NORMFUSED_DECLARE(baseline)
+#if defined(__x86_64__)
+NORMFUSED_DECLARE(avx2)
+NORMFUSED_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Kernels {
+  const char* instruction_set;
+  void (*batch_norm_forward)(const BatchNormForward&, ParallelFor);
+  void (*batch_norm_backward)(const BatchNormBackward&, ParallelFor);
+  void (*group_norm_forward)(const GroupNormForward&, ParallelFor);
+  void (*group_norm_backward)(const GroupNormBackward&, ParallelFor);
+};
+
+#define NORMFUSED_KERNELS(set) \
+  {#set, set::batch_norm_forward, set::batch_norm_backward, set::group_norm_forward, set::group_norm_backward}
+
+constexpr Kernels kKernels[] = {
+#if defined(__x86_64__)
+    NORMFUSED_KERNELS(avx512),
+    NORMFUSED_KERNELS(avx2),
+#endif
+    NORMFUSED_KERNELS(baseline),
+};
+
+bool supported(const Kernels& kernels) {
+#if defined(__x86_64__)
+  if (kernels.batch_norm_forward == avx512::batch_norm_forward) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  }
+  if (kernels.batch_norm_forward == avx2::batch_norm_forward) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  }
+#endif
+  return true;
+}
+
+const Kernels* best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  const Kernels* kernels = kKernels;
+  while (!supported(*kernels)) ++kernels;
+  return kernels;
+}
+
+const Kernels* const chosen = best();
+// What a test may set with use_instruction_set.
+const Kernels* current = chosen;
+
+}  // namespace
+
+const char* instruction_set() { return current->instruction_set; }
+
+bool use_instruction_set(const char* name) {
+  for (const Kernels& kernels : kKernels) {
+    if (__builtin_strcmp(kernels.instruction_set, name) == 0 && supported(kernels)) {
+      current = &kernels;
+      return true;
+    }
+  }
+  return false;
+}
+
+int64_t batch_norm_workspace(const Extent& extent) { return batch_norm_workspace_bytes(extent); }
+
+int64_t group_norm_workspace(const Extent& extent, int64_t groups) {
+  return group_norm_workspace_bytes(extent, groups);
+}
+
+void batch_norm_forward(const BatchNormForward& args, ParallelFor parallel_for) {
+  current->batch_norm_forward(args, parallel_for);
+}
+
+void batch_norm_backward(const BatchNormBackward& args, ParallelFor parallel_for) {
+  current->batch_norm_backward(args, parallel_for);
+}
+
+void group_norm_forward(const GroupNormForward& args, ParallelFor parallel_for) {
+  current->group_norm_forward(args, parallel_for);
+}
+
+void group_norm_backward(const GroupNormBackward& args, ParallelFor parallel_for) {
+  current->group_norm_backward(args, parallel_for);
+}
+
+}  // namespace normfused::cpu

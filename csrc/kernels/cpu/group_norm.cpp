@@ -1,0 +1,440 @@
+// GroupNorm + activation on the CPU. Compiled once per instruction set, into a namespace of its own.
+#include "../group_norm.h"
+
+#include "drivers.h"
+#include "instruction_set.h"
+#include "partition.h"
+
+namespace normfused {
+namespace {
+
+// What forward and backward have in common: the partition, the workspace, and the parameters of planes and columns.
+//
+// Contiguous: a group is D * S adjacent elements. channels_last: a sample is S rows of C columns, in `splits` ranges.
+template <class T>
+class GroupNormDriver {
+ protected:
+  using A = arithmetic_t<T>;
+
+  template <class Args>
+  GroupNormDriver(const Args& args, ParallelFor parallel_for, A* mean, A* rstd)
+      : parallel_for_(parallel_for),
+        e_(args.extent),
+        G_(args.groups),
+        D_(e_.C / args.groups),
+        partition_(group_norm_partition(e_, args.groups)),
+        planes_(args.activation, false),
+        columns_(args.activation, false),
+        x_(static_cast<const T*>(args.x)),
+        weight_(static_cast<const A*>(args.weight)),
+        bias_(static_cast<const A*>(args.bias)),
+        mean_(mean),
+        rstd_(rstd) {
+    double* memory = static_cast<double*>(args.workspace);
+    partial_ = memory;
+    sums_ = partial_ + partition_.partials;
+    arrays_ = reinterpret_cast<A*>(sums_ + partition_.sums);
+  }
+
+  template <class F>
+  void for_each(int64_t tasks, F f) {
+    for_each_task(parallel_for_, tasks, e_.numel(), f);
+  }
+
+  A bias(int64_t c) const { return bias_ ? bias_[c] : A(0); }
+
+  PlaneParameters<A> plane_parameters(int64_t n, int64_t c) const {
+    const int64_t unit = n * G_ + c / D_;
+    return {mean_[unit], weight_ ? rstd_[unit] * weight_[c] : rstd_[unit], bias(c), 0, 0};
+  }
+
+  // Column arrays of one sample in the workspace: mean, scale, offset, slope of each channel; bias is shared.
+  A* sample_array(int64_t n, int64_t which) const { return arrays_ + (4 * n + which) * e_.C; }
+  A* bias_array() const { return arrays_ + 4 * e_.N * e_.C; }
+  ColumnParameters<A> column_parameters(int64_t n) const {
+    return {sample_array(n, 0), sample_array(n, 1), bias_array(), sample_array(n, 2), sample_array(n, 3)};
+  }
+
+  void fill_bias_array() {
+    for (int64_t c = 0; c < e_.C; ++c) bias_array()[c] = bias(c);
+  }
+
+  void fill_sample_arrays(int64_t n) {
+    for (int64_t c = 0; c < e_.C; ++c) {
+      const PlaneParameters<A> p = plane_parameters(n, c);
+      sample_array(n, 0)[c] = p.mean;
+      sample_array(n, 1)[c] = p.scale;
+    }
+  }
+
+  // channels_last: the rows of a task, whose sample is task / splits.
+  int64_t first_row(int64_t task) const { return (task % partition_.splits) * partition_.task_rows; }
+  int64_t row_count(int64_t task) const { return minimum(partition_.task_rows, e_.S - first_row(task)); }
+  int64_t offset_of(int64_t task) const { return (task / partition_.splits * e_.S + first_row(task)) * e_.C; }
+
+  template <class F>
+  void for_each_panel(F f) const {
+    for (int64_t c = 0; c < e_.C; c += kPanel) f(c, minimum(kPanel, e_.C - c));
+  }
+
+  // Contiguous, small planes: channels side by side, so that a loop is long enough to vectorise. Calls
+  // f(first channel, channels, columns' parameters) for stretches of at most kPanel columns.
+  template <class Parameters, class F>
+  void for_each_stretch(int64_t begin, int64_t end, Parameters parameters, F f) const {
+    alignas(64) A mean[kPanel], scale[kPanel], bias[kPanel], offset[kPanel], slope[kPanel];
+    const int64_t most = kPanel / e_.S;
+    for (int64_t first = begin; first < end; first += most) {
+      const int64_t channels = minimum(most, end - first);
+      for (int64_t i = 0; i < channels; ++i) {
+        const PlaneParameters<A> p = parameters(first + i);
+        for (int64_t j = i * e_.S; j < (i + 1) * e_.S; ++j) {
+          mean[j] = p.mean;
+          scale[j] = p.scale;
+          bias[j] = p.bias;
+          offset[j] = p.offset;
+          slope[j] = p.slope;
+        }
+      }
+      f(first, channels, ColumnParameters<A>{mean, scale, bias, offset, slope});
+    }
+  }
+
+  bool small_planes() const { return e_.S < 64; }
+
+  const ParallelFor parallel_for_;
+  const Extent e_;
+  const int64_t G_, D_;
+  const GroupPartition partition_;
+  const TileFunctions<T, PlaneParameters<A>> planes_;
+  const TileFunctions<T, ColumnParameters<A>> columns_;
+  const T* x_;
+  const A *weight_, *bias_;
+  A *mean_, *rstd_;
+  double *partial_, *sums_;
+  A* arrays_;
+};
+
+template <class T>
+class GroupNormForwardDriver : GroupNormDriver<T> {
+  using Base = GroupNormDriver<T>;
+  using Base::D_, Base::G_, Base::e_, Base::for_each, Base::partial_, Base::partition_, Base::x_;
+  using typename Base::A;
+
+ public:
+  GroupNormForwardDriver(const GroupNormForward& args, ParallelFor parallel_for)
+      : Base(args, parallel_for, static_cast<A*>(args.mean), static_cast<A*>(args.rstd)),
+        y_(static_cast<T*>(args.y)),
+        eps_(args.eps) {}
+
+  void run() {
+    if (e_.numel() == 0) {
+      for (int64_t unit = 0; unit < e_.N * G_; ++unit) this->mean_[unit] = this->rstd_[unit] = 0;
+    } else if (partition_.channels_last) {
+      channels_last();
+    } else if (partition_.split) {
+      split_groups();
+    } else {
+      for_each(e_.N * G_, [this](int64_t unit) {
+        finish_statistics(unit, plane_moments(x_ + unit * D_ * e_.S, D_ * e_.S));
+        apply_channels(unit / G_, unit % G_ * D_, (unit % G_ + 1) * D_);
+      });
+    }
+  }
+
+ private:
+  void finish_statistics(int64_t unit, const WelfordData& data) {
+    this->mean_[unit] = static_cast<A>(data.mean);
+    this->rstd_[unit] = static_cast<A>(1 / __builtin_sqrt(data.m2 / data.count + eps_));
+  }
+
+  void apply_channels(int64_t n, int64_t begin, int64_t end) {
+    const int64_t sample = n * e_.C;
+    const auto parameters = [&](int64_t c) { return this->plane_parameters(n, c); };
+    if (this->small_planes()) {
+      this->for_each_stretch(begin, end, parameters, [&](int64_t c, int64_t channels, const auto& p) {
+        const int64_t at = (sample + c) * e_.S, cols = channels * e_.S;
+        this->columns_.apply(x_ + at, nullptr, y_ + at, 1, cols, cols, p);
+      });
+      return;
+    }
+    for (int64_t c = end - 1; c >= begin; --c) {
+      const int64_t at = (sample + c) * e_.S;
+      this->planes_.apply(x_ + at, nullptr, y_ + at, 1, e_.S, e_.S, parameters(c));
+    }
+  }
+
+  void split_groups() {
+    const int64_t size = D_ * e_.S, segments = divide_up(size, kSegment);
+    auto* partial = reinterpret_cast<WelfordData*>(partial_);
+    for_each(e_.N * G_ * segments, [&](int64_t task) {
+      const int64_t unit = task / segments, begin = task % segments * kSegment;
+      partial[task] = plane_moments(x_ + unit * size + begin, minimum(kSegment, size - begin));
+    });
+    for (int64_t unit = 0; unit < e_.N * G_; ++unit) {
+      WelfordData data;
+      for (int64_t s = 0; s < segments; ++s) data.combine(partial[unit * segments + s]);
+      finish_statistics(unit, data);
+    }
+    const int64_t channels = maximum(kTaskWork / e_.S, 1), stretches = divide_up(e_.C, channels);
+    for_each(e_.N * stretches, [&](int64_t task) {
+      const int64_t begin = task % stretches * channels;
+      apply_channels(task / stretches, begin, minimum(begin + channels, e_.C));
+    });
+  }
+
+  void channels_last() {
+    this->fill_bias_array();
+    const auto moments = [this](int64_t task) {
+      double* mean = partial_ + task * 2 * e_.C;
+      this->for_each_panel([&](int64_t c, int64_t cols) {
+        column_moments(x_ + this->offset_of(task) + c, this->row_count(task), cols, e_.C, mean + c, mean + e_.C + c);
+      });
+    };
+    const auto finish_sample = [this](int64_t n) {
+      for (int64_t g = 0; g < G_; ++g) {
+        WelfordData data;
+        for (int64_t c = g * D_; c < (g + 1) * D_; ++c) {
+          for (int64_t task = n * partition_.splits; task < (n + 1) * partition_.splits; ++task) {
+            const double* mean = partial_ + task * 2 * e_.C;
+            data.combine({static_cast<double>(this->row_count(task)), mean[c], mean[e_.C + c]});
+          }
+        }
+        finish_statistics(n * G_ + g, data);
+      }
+      this->fill_sample_arrays(n);
+    };
+    const auto apply = [this](int64_t task) {
+      const ColumnParameters<A> p = this->column_parameters(task / partition_.splits);
+      this->for_each_panel([&](int64_t c, int64_t cols) {
+        const int64_t at = this->offset_of(task) + c, strip = kTile / cols;
+        for (int64_t left = this->row_count(task); left > 0;) {
+          const int64_t count = minimum(strip, left);
+          left -= count;
+          const int64_t i = at + left * e_.C;
+          this->columns_.apply(x_ + i, nullptr, y_ + i, count, cols, e_.C, p.shifted(c));
+        }
+      });
+    };
+    if (partition_.splits == 1) {
+      for_each(e_.N, [&](int64_t n) {
+        moments(n);
+        finish_sample(n);
+        apply(n);
+      });
+      return;
+    }
+    const int64_t tasks = e_.N * partition_.splits;
+    for_each(tasks, moments);
+    for_each(e_.N, finish_sample);
+    for_each(tasks, [&](int64_t task) { apply(tasks - 1 - task); });
+  }
+
+  T* y_;
+  const double eps_;
+};
+
+template <class T>
+class GroupNormBackwardDriver : GroupNormDriver<T> {
+  using Base = GroupNormDriver<T>;
+  using Base::D_, Base::G_, Base::e_, Base::for_each, Base::partial_, Base::partition_, Base::rstd_, Base::sums_,
+      Base::x_;
+  using typename Base::A;
+
+ public:
+  GroupNormBackwardDriver(const GroupNormBackward& args, ParallelFor parallel_for)
+      : Base(args, parallel_for, const_cast<A*>(static_cast<const A*>(args.mean)),
+             const_cast<A*>(static_cast<const A*>(args.rstd))),
+        dy_(static_cast<const T*>(args.dy)),
+        dx_(static_cast<T*>(args.dx)),
+        dweight_(static_cast<A*>(args.dweight)),
+        dbias_(static_cast<A*>(args.dbias)) {}
+
+  void run() {
+    if (e_.numel() == 0) {
+      for (int64_t c = 0; c < e_.C; ++c) {
+        if (dweight_) dweight_[c] = 0;
+        if (dbias_) dbias_[c] = 0;
+      }
+      return;
+    }
+    if (partition_.channels_last) {
+      channels_last();
+    } else if (partition_.split) {
+      const int64_t channels = maximum(kTaskWork / e_.S, 1), stretches = divide_up(e_.C, channels);
+      const auto over_stretches = [&](auto f) {
+        for_each(e_.N * stretches, [&](int64_t task) {
+          const int64_t begin = task % stretches * channels;
+          f(task / stretches, begin, minimum(begin + channels, e_.C));
+        });
+      };
+      over_stretches([this](int64_t n, int64_t begin, int64_t end) { sum_channels(n, begin, end); });
+      if (dx_) over_stretches([this](int64_t n, int64_t begin, int64_t end) { apply_channels(n, begin, end); });
+    } else {
+      for_each(e_.N * G_, [this](int64_t unit) {
+        const int64_t n = unit / G_, begin = unit % G_ * D_;
+        sum_channels(n, begin, begin + D_);
+        if (dx_) apply_channels(n, begin, begin + D_);
+      });
+    }
+    parameter_gradients();
+  }
+
+ private:
+  // Sums over the S elements of channel c in sample n: of dz, and of dz (x - mean).
+  double& sum_dz(int64_t n, int64_t c) { return sums_[2 * n * e_.C + c]; }
+  double& sum_dz_deviation(int64_t n, int64_t c) { return sums_[(2 * n + 1) * e_.C + c]; }
+
+  // dx = scale dz - (offset + (x - mean) slope): the part that comes through the statistics of group g.
+  void through_statistics(int64_t n, int64_t g, A& offset, A& slope) {
+    double total = 0, total_deviation = 0;
+    for (int64_t c = g * D_; c < (g + 1) * D_; ++c) {
+      const double w = this->weight_ ? this->weight_[c] : 1;
+      total += w * sum_dz(n, c);
+      total_deviation += w * sum_dz_deviation(n, c);
+    }
+    const double rstd = rstd_[n * G_ + g], per_count = rstd / static_cast<double>(D_ * e_.S);
+    offset = static_cast<A>(total * per_count);
+    slope = static_cast<A>(total_deviation * rstd * rstd * per_count);
+  }
+
+  void parameter_gradients() {
+    for (int64_t c = 0; c < e_.C && (dweight_ || dbias_); ++c) {
+      double dweight = 0, dbias = 0;
+      for (int64_t n = 0; n < e_.N; ++n) {
+        dweight += sum_dz_deviation(n, c) * rstd_[n * G_ + c / D_];
+        dbias += sum_dz(n, c);
+      }
+      if (dweight_) dweight_[c] = static_cast<A>(dweight);
+      if (dbias_) dbias_[c] = static_cast<A>(dbias);
+    }
+  }
+
+  void sum_channels(int64_t n, int64_t begin, int64_t end) {
+    const auto parameters = [&](int64_t c) { return this->plane_parameters(n, c); };
+    if (this->small_planes()) {
+      this->for_each_stretch(begin, end, parameters, [&](int64_t first, int64_t channels, const auto& p) {
+        const int64_t at = (n * e_.C + first) * e_.S, cols = channels * e_.S;
+        double dz[kPanel], deviation[kPanel];
+        column_gradient_moments<T>(x_ + at, dy_ + at, nullptr, 1, cols, cols, p, this->columns_.gradient, dz,
+                                   deviation);
+        for (int64_t i = 0; i < channels; ++i) {
+          double total = 0, total_deviation = 0;
+          for (int64_t j = i * e_.S; j < (i + 1) * e_.S; ++j) {
+            total += dz[j];
+            total_deviation += deviation[j];
+          }
+          sum_dz(n, first + i) = total;
+          sum_dz_deviation(n, first + i) = total_deviation;
+        }
+      });
+      return;
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t at = (n * e_.C + c) * e_.S;
+      plane_gradient_moments<T>(x_ + at, dy_ + at, nullptr, e_.S, parameters(c), this->planes_.gradient, sum_dz(n, c),
+                                sum_dz_deviation(n, c));
+    }
+  }
+
+  void apply_channels(int64_t n, int64_t begin, int64_t end) {
+    int64_t group = -1;
+    A offset = 0, slope = 0;
+    const auto parameters = [&](int64_t c) {
+      if (c / D_ != group) {
+        group = c / D_;
+        through_statistics(n, group, offset, slope);
+      }
+      PlaneParameters<A> p = this->plane_parameters(n, c);
+      p.offset = offset;
+      p.slope = slope;
+      return p;
+    };
+    if (this->small_planes()) {
+      this->for_each_stretch(begin, end, parameters, [&](int64_t first, int64_t channels, const auto& p) {
+        const int64_t at = (n * e_.C + first) * e_.S, cols = channels * e_.S;
+        backward_apply<T>(x_ + at, dy_ + at, nullptr, dx_ + at, nullptr, 1, cols, cols, true, p,
+                          this->columns_.gradient);
+      });
+      return;
+    }
+    for (int64_t c = end - 1; c >= begin; --c) {
+      const int64_t at = (n * e_.C + c) * e_.S;
+      backward_apply_plane<T>(x_ + at, dy_ + at, nullptr, dx_ + at, nullptr, e_.S, true, parameters(c),
+                              this->planes_.gradient);
+    }
+  }
+
+  void channels_last() {
+    this->fill_bias_array();
+    for_each(e_.N, [this](int64_t n) { this->fill_sample_arrays(n); });
+    const auto sums = [this](int64_t task) {
+      double* partial = partial_ + task * 2 * e_.C;
+      this->for_each_panel([&](int64_t c, int64_t cols) {
+        const int64_t at = this->offset_of(task) + c;
+        column_gradient_moments<T>(x_ + at, dy_ + at, nullptr, this->row_count(task), cols, e_.C,
+                                   this->column_parameters(task / partition_.splits).shifted(c),
+                                   this->columns_.gradient, partial + c, partial + e_.C + c);
+      });
+    };
+    const auto finish_sample = [this](int64_t n) {
+      for (int64_t c = 0; c < e_.C; ++c) {
+        double total = 0, total_deviation = 0;
+        for (int64_t task = n * partition_.splits; task < (n + 1) * partition_.splits; ++task) {
+          total += partial_[task * 2 * e_.C + c];
+          total_deviation += partial_[task * 2 * e_.C + e_.C + c];
+        }
+        sum_dz(n, c) = total;
+        sum_dz_deviation(n, c) = total_deviation;
+      }
+      for (int64_t g = 0; g < G_; ++g) {
+        A offset, slope;
+        through_statistics(n, g, offset, slope);
+        for (int64_t c = g * D_; c < (g + 1) * D_; ++c) {
+          this->sample_array(n, 2)[c] = offset;
+          this->sample_array(n, 3)[c] = slope;
+        }
+      }
+    };
+    const auto apply = [this](int64_t task) {
+      if (!dx_) return;
+      const ColumnParameters<A> p = this->column_parameters(task / partition_.splits);
+      this->for_each_panel([&](int64_t c, int64_t cols) {
+        const int64_t at = this->offset_of(task) + c;
+        backward_apply<T>(x_ + at, dy_ + at, nullptr, dx_ + at, nullptr, this->row_count(task), cols, e_.C, true,
+                          p.shifted(c), this->columns_.gradient);
+      });
+    };
+    if (partition_.splits == 1) {
+      for_each(e_.N, [&](int64_t n) {
+        sums(n);
+        finish_sample(n);
+        apply(n);
+      });
+    } else {
+      const int64_t tasks = e_.N * partition_.splits;
+      for_each(tasks, sums);
+      for_each(e_.N, finish_sample);
+      for_each(tasks, [&](int64_t task) { apply(tasks - 1 - task); });
+    }
+    parameter_gradients();
+  }
+
+  const T* dy_;
+  T* dx_;
+  A *dweight_, *dbias_;
+};
+
+}  // namespace
+
+namespace cpu::NORMFUSED_INSTRUCTION_SET {
+
+void group_norm_forward(const GroupNormForward& args, ParallelFor parallel_for) {
+  dispatch_dtype(args.dtype, [&](auto t) { GroupNormForwardDriver<decltype(t)>(args, parallel_for).run(); });
+}
+
+void group_norm_backward(const GroupNormBackward& args, ParallelFor parallel_for) {
+  dispatch_dtype(args.dtype, [&](auto t) { GroupNormBackwardDriver<decltype(t)>(args, parallel_for).run(); });
+}
+
+}  // namespace cpu::NORMFUSED_INSTRUCTION_SET
+}  // namespace normfused

@@ -1,0 +1,12 @@
+// Compile everything that follows for AVX2 with FMA (Haswell and Zen, and newer).
+#pragma once
+
+#define NORMFUSED_INSTRUCTION_SET avx2
+
+#include <cstdint>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif

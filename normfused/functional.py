@@ -1,0 +1,227 @@
+"""Functional forms of the fused layers, with the arguments of torch.nn.functional."""
+
+import torch
+from torch.autograd import forward_ad
+
+from . import backends, native, ops
+from .autograd import BatchNormActFunction, GroupNormActFunction
+
+_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+
+
+def batch_norm_act(
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    *,
+    activation="relu6",
+    residual=None,
+    pre_activation=None,
+):
+    """Batch normalisation, an optional residual and an activation in one operator.
+
+    Computes ``activation(z)`` with ``z = (x - mean) / sqrt(var + eps) * weight + bias + residual``
+    (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167), where ``x`` is ``pre_activation(input)``.
+
+    Args:
+        input: ``(N, C, *)``; float32, float64, float16 or bfloat16; contiguous and channels_last are read as they are.
+        running_mean, running_var: ``(C,)`` or None; updated in place when ``training``, used when not.
+        weight, bias: ``(C,)`` or None, of ``input``'s dtype, or float32 for a 16-bit ``input``.
+        training: normalise with the statistics of this batch.
+        momentum: weight of the new value in the running statistics.
+        eps: added to the variance, positive when ``training``.
+        activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
+        residual: added before the activation; shape and dtype of ``input``.
+        pre_activation: applied to ``input`` before the statistics (a name as for ``activation``).
+
+    Returns:
+        A tensor of ``input``'s shape, dtype and memory format.
+
+    Raises:
+        ValueError: one value per channel or one of running_mean and running_var in training, eps out of range,
+            unknown activation, residual of another shape.
+        NotImplementedError: integer, boolean or complex ``input``.
+        TypeError: ``momentum`` is None.
+        RuntimeError: sizes or dtypes of the other arguments do not fit, or statistics are missing in evaluation.
+    """
+    if momentum is None:
+        raise TypeError("batch_norm_act: momentum must be a number, got None")
+    return _batch_norm_act(
+        input,
+        running_mean,
+        running_var,
+        None,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        activation,
+        residual,
+        pre_activation,
+    )
+
+
+def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activation=None):
+    """Group normalisation and an activation in one operator.
+
+    Computes ``activation((x - mean) / sqrt(var + eps) * weight + bias)`` with the statistics of each sample's
+    ``num_groups`` groups of channels (Wu & He 2018, https://arxiv.org/abs/1803.08494).
+
+    Args:
+        input: ``(N, C, *)``; float32, float64, float16 or bfloat16; contiguous and channels_last are read as they are.
+        num_groups: divides ``C``.
+        weight, bias: ``(C,)`` or None, of ``input``'s dtype, or float32 for a 16-bit ``input``.
+        eps: added to the variance.
+        activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
+
+    Returns:
+        A tensor of ``input``'s shape and memory format; its dtype too, but float32 under CUDA's autocast, as native's.
+
+    Raises:
+        ValueError: one value per group, unknown activation.
+        NotImplementedError: integer, boolean or complex ``input``.
+        RuntimeError: sizes or dtypes of the other arguments do not fit.
+    """
+    if activation is not None and activation not in native.ACTIVATIONS:
+        raise _unknown_activation("activation", activation)
+    if input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+        input = input.float()
+    if input.dtype not in _DTYPES:
+        raise _unsupported_dtype("group_norm_act", input)
+    if _is_transformed() or backends.choose(input) == "torch":
+        return native.group_norm_act(input, num_groups, weight, bias, eps, activation)
+    if input.dim() >= 2 and num_groups > 0 and input.numel() == input.shape[0] * num_groups == num_groups:
+        raise ValueError(
+            "group_norm_act: expected more than 1 value per group, "
+            f"got input of shape {tuple(input.shape)} with num_groups {num_groups}"
+        )
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return GroupNormActFunction.apply(input, weight, bias, num_groups, eps, activation)
+    return ops.group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
+
+
+def _batch_norm_act(
+    input,
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    activation,
+    residual,
+    pre_activation,
+):
+    """batch_norm_act that also keeps ``num_batches_tracked``; momentum=None then averages cumulatively."""
+    error = _batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, pre_activation)
+    if error is not None:
+        # torch.nn.BatchNorm counts the batch before it finds anything wrong with it.
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        raise error
+    # PyTorch takes a one-dimensional input if it is empty.
+    if _is_transformed() or backends.choose(input) == "torch" or input.dim() < 2:
+        return native.batch_norm_act(
+            input,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            activation,
+            residual,
+            pre_activation,
+        )
+    if pre_activation is not None:
+        input = native.activate(input, pre_activation)
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return BatchNormActFunction.apply(
+            input,
+            weight,
+            bias,
+            residual,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            activation,
+        )
+    return ops.batch_norm_act(
+        input,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        activation,
+        None,
+    )[0]
+
+
+def _is_transformed():
+    """Whether torch.func or forward-mode differentiation, which our operators do not know of, is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, pre_activation):
+    """What is wrong with the call, as an exception of the type that PyTorch raises for it, or None."""
+    if activation is not None and activation not in native.ACTIVATIONS:
+        return _unknown_activation("activation", activation)
+    if pre_activation is not None and pre_activation not in native.ACTIVATIONS:
+        return _unknown_activation("pre_activation", pre_activation)
+    if input.dtype not in _DTYPES:
+        return _unsupported_dtype("batch_norm_act", input)
+    if training:
+        shape = input.shape
+        if len(shape) >= 2 and input.numel() == shape[1] > 0:
+            return ValueError(
+                "batch_norm_act: expected more than 1 value per channel when training, "
+                f"got input of shape {tuple(shape)}"
+            )
+        if eps <= 0.0:
+            return ValueError(f"batch_norm_act: eps must be positive when training, got {eps}")
+        if (running_mean is None) != (running_var is None):
+            return ValueError("batch_norm_act: running_mean and running_var must both be given or both be None")
+    elif eps < 0.0:
+        return ValueError(f"batch_norm_act: eps must not be negative, got {eps}")
+    if residual is not None and residual.shape != input.shape:
+        return ValueError(
+            f"batch_norm_act: residual of shape {tuple(residual.shape)} does not match "
+            f"input of shape {tuple(input.shape)}"
+        )
+    return None
+
+
+def _unknown_activation(argument, name):
+    known = ", ".join(repr(known) for known in native.ACTIVATIONS)
+    return ValueError(f"{argument} must be one of {known} or None, got {name!r}")
+
+
+def _unsupported_dtype(function, input):
+    return NotImplementedError(f"{function}: input must be float32, float64, float16 or bfloat16, got {input.dtype}")

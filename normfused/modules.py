@@ -1,0 +1,140 @@
+"""Drop-in modules: torch.nn's arguments, numbers and state_dict, with the activation in the same operator."""
+
+import sys
+
+import torch
+from torch import nn
+
+from . import native
+from .functional import _batch_norm_act, _unknown_activation, group_norm_act
+
+
+class _RefuseSyncConversion:
+    """Stops torch's convert_sync_batchnorm from dropping a fused activation in silence.
+
+    The converter builds a plain SyncBatchNorm from any BatchNorm subclass, and asks the module one thing that nothing
+    else here answers: ``hasattr(module, "qconfig")``. Raising there is what makes it loud. In every other respect
+    ``qconfig`` is the plain attribute that quantisation sets.
+    """
+
+    def __get__(self, module, owner=None):
+        if module is not None and (module.activation, module.pre_activation) != (None, None):
+            converter = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__
+            if sys._getframe(1).f_code is converter:
+                raise RuntimeError(
+                    "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the fused activation "
+                    f"{module.activation or module.pre_activation!r} of {type(module).__name__}; "
+                    "call normfused.revert(model) first"
+                )
+        if module is None or "qconfig" not in vars(module):
+            raise AttributeError("qconfig")
+        return vars(module)["qconfig"]
+
+    def __set__(self, module, value):
+        vars(module)["qconfig"] = value
+
+    def __delete__(self, module):
+        del vars(module)["qconfig"]
+
+
+class _BatchNormAct:
+    """What BatchNormAct1d, 2d and 3d add to their torch.nn base class."""
+
+    activation: str | None
+    pre_activation: str | None
+    qconfig = _RefuseSyncConversion()
+
+    def __init__(self, *args, activation="relu6", pre_activation=None, **kwargs):
+        if activation is not None and activation not in native.ACTIVATIONS:
+            raise _unknown_activation("activation", activation)
+        if pre_activation is not None and pre_activation not in native.ACTIVATIONS:
+            raise _unknown_activation("pre_activation", pre_activation)
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+        self.pre_activation = pre_activation
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        self._check_input_dim(input)
+        if self.training:
+            tracks = self.track_running_stats
+            running_mean = self.running_mean if tracks else None
+            running_var = self.running_var if tracks else None
+            num_batches_tracked = self.num_batches_tracked if tracks else None
+            training = True
+        else:
+            running_mean, running_var, num_batches_tracked = self.running_mean, self.running_var, None
+            training = running_mean is None and running_var is None
+        return _batch_norm_act(
+            input,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            self.weight,
+            self.bias,
+            training,
+            self.momentum,
+            self.eps,
+            self.activation,
+            residual,
+            self.pre_activation,
+        )
+
+    def extra_repr(self):
+        extra = f"{super().extra_repr()}, activation={self.activation!r}"
+        return extra if self.pre_activation is None else f"{extra}, pre_activation={self.pre_activation!r}"
+
+
+_BATCH_NORM_DOC = """torch.nn.BatchNorm{d}d followed by an activation, in one operator.
+
+Takes torch.nn.BatchNorm{d}d's arguments, has its parameters, buffers and state_dict, and is an instance of it.
+
+Args:
+    activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
+    pre_activation: applied before the statistics (Layer -> activation -> BatchNorm), a name as above or None.
+
+``forward(input, residual=None)`` takes {shape} and adds ``residual``, of the same shape and dtype, before the
+activation. Errors are those of :func:`normfused.functional.batch_norm_act`.
+"""
+
+
+class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
+    __doc__ = _BATCH_NORM_DOC.format(d=1, shape="``(N, C)`` or ``(N, C, L)``")
+
+
+class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
+    __doc__ = _BATCH_NORM_DOC.format(d=2, shape="``(N, C, H, W)``")
+
+
+class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
+    __doc__ = _BATCH_NORM_DOC.format(d=3, shape="``(N, C, D, H, W)``")
+
+
+class GroupNormAct(nn.GroupNorm):
+    """torch.nn.GroupNorm followed by an activation, in one operator.
+
+    Takes torch.nn.GroupNorm's arguments, has its parameters and state_dict, and is an instance of it.
+
+    Args:
+        activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
+
+    ``forward(input)`` takes ``(N, C, *)``. Errors are those of :func:`normfused.functional.group_norm_act`.
+    """
+
+    activation: str | None
+
+    def __init__(self, *args, activation=None, **kwargs):
+        if activation is not None and activation not in native.ACTIVATIONS:
+            raise _unknown_activation("activation", activation)
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    @property
+    def pre_activation(self) -> None:
+        """Always None: an activation before a GroupNorm is not fused."""
+        return None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return group_norm_act(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, activation={self.activation!r}"

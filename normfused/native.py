@@ -1,0 +1,68 @@
+"""The same layers composed of PyTorch's own operators.
+
+Serves the tensors that no kernel of ours covers (backend "torch") and everything that lives on composition: torch.func
+transforms, forward-mode differentiation and ``pre_activation``.
+"""
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "leaky_relu": F.leaky_relu,
+}
+
+
+def activate(z, activation):
+    """Apply the activation called ``activation`` (None: the identity) to ``z``."""
+    return z if activation is None else ACTIVATIONS[activation](z)
+
+
+def _weight(weight, bias):
+    """``weight``, or ones where there is a bias alone.
+
+    Torch's batch norm then gets its double backward wrong, and its group norm raises in backward (2.13).
+    """
+    return torch.ones_like(bias) if weight is None and bias is not None else weight
+
+
+def batch_norm_act(
+    x,
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    activation,
+    residual,
+    pre_activation,
+):
+    """``activation(batch_norm(pre_activation(x)) + residual)`` with torch.nn.BatchNorm's bookkeeping."""
+    factor = 0.0 if momentum is None else momentum
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            factor = 1.0 / float(num_batches_tracked)
+    z = F.batch_norm(
+        activate(x, pre_activation),
+        running_mean,
+        running_var,
+        _weight(weight, bias),
+        bias,
+        training,
+        factor,
+        eps,
+    )
+    return activate(z if residual is None else z + residual, activation)
+
+
+def group_norm_act(x, num_groups, weight, bias, eps, activation):
+    """``activation(group_norm(x))``."""
+    return activate(F.group_norm(x, num_groups, _weight(weight, bias), bias, eps), activation)
