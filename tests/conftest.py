@@ -1,6 +1,7 @@
 """The backends that every test runs on."""
 
 import pytest
+import torch
 
 import normfused
 from normfused.backends import BACKENDS
@@ -10,6 +11,9 @@ WHY_NOT = {"extension": normfused.info()["extension"]["why_not"], "torch": None}
 
 
 def pytest_configure(config):
+    # For small tensors a second thread costs more than it helps; on a busy machine ten times more. Tests of
+    # threads choose their own number.
+    torch.set_num_threads(1)
     config.addinivalue_line(
         "markers",
         "stricter_than_native(reason): the pinned behaviour goes beyond PyTorch's own, so the backend "

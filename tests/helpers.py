@@ -20,8 +20,8 @@ KINKS = {
 }
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-# (rtol, atol) against native; atol is relative to the largest value where that is above 1, for z and dx are
-# differences of larger numbers. test_accuracy.py holds the finer comparison, with float64.
+# (rtol, atol) against native; atol is relative to the largest value, or the ``scale`` of a call, where that is above
+# 1, for z and dx are differences of larger numbers. test_accuracy.py holds the finer comparison, with float64.
 TOLERANCE = {
     torch.float64: (1e-9, 1e-10),
     torch.float32: (1e-5, 1e-5),
@@ -114,14 +114,14 @@ def assert_memory_format(t, like):
     assert t.is_contiguous(memory_format=memory_format(like)), f"{t.stride()} for input's {like.stride()}"
 
 
-def assert_same(actual, native, what="", *, formats=True):
+def assert_same(actual, native, what="", *, formats=True, scale=1.0):
     """Values within the tolerance, equal dtype and shape, and every memory format that native's has."""
     if native is None:
         assert actual is None, what
         return
     rtol, atol = TOLERANCE.get(native.dtype, (0, 0))
     if native.is_floating_point() and native.numel():
-        atol *= max(1.0, native.detach().double().nan_to_num(0, 0, 0).abs().max().item())
+        atol *= max(scale, native.detach().double().nan_to_num(0, 0, 0).abs().max().item())
     torch.testing.assert_close(actual, native, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{what}: {text}")
     for format in (torch.contiguous_format, CHANNELS_LAST.get(native.dim())) if formats else ():
         if format is not None and native.is_contiguous(memory_format=format):

@@ -3,12 +3,14 @@
 
 #include <cstdint>
 
+#include "inline.h"
+
 namespace normfused {
 namespace {
 
 // exp(x) to about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for exp(r), and the exponent n put in by two
 // multiplications, so that overflow ends in inf and underflow passes through the denormals. NaN stays NaN.
-inline float exponential(float x) {
+NORMFUSED_INLINE float exponential(float x) {
   // Outside of these bounds the result is inf or 0 anyway, and n must fit the two exponents below.
   const float bounded = x > 128.0f ? 128.0f : x;
   const float t = bounded < -150.0f ? -150.0f : bounded;
@@ -31,7 +33,7 @@ inline float exponential(float x) {
   return p * first * second;
 }
 
-inline double exponential(double x) { return __builtin_exp(x); }
+NORMFUSED_INLINE double exponential(double x) { return __builtin_exp(x); }
 
 }  // namespace
 }  // namespace normfused

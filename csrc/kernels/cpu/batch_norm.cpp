@@ -8,19 +8,18 @@
 namespace normfused {
 namespace {
 
-// Per-channel arrays and partial sums, laid out in the caller's workspace.
+// Parameters of channels (split_planes) or columns (split_columns) and partial sums, laid out in the caller's
+// workspace.
 template <class A>
 struct BatchNormWorkspace {
-  double* partial;  // [tasks][2][C] or [C * segments][3], by path
-  A *scale, *bias, *offset, *slope;
+  double* partial;  // split_columns: [tasks][2][cols]; split_planes: what each task sums
+  ColumnParameters<A> parameters;
 
-  BatchNormWorkspace(void* memory, const Extent& e) {
-    scale = static_cast<A*>(memory);
-    bias = scale + e.C;
-    offset = bias + e.C;
-    slope = offset + e.C;
-    // A[4 C] ends on a multiple of 16 bytes.
-    partial = reinterpret_cast<double*>(slope + e.C);
+  BatchNormWorkspace(void* memory, const Partition& p, const Extent& e) {
+    const int64_t n = p.path == Partition::Path::split_columns ? p.cols : e.C;
+    A* arrays = static_cast<A*>(memory);
+    parameters = {arrays, arrays + n, arrays + 2 * n, arrays + 3 * n, arrays + 4 * n};
+    partial = static_cast<double*>(memory) + 5 * n;
   }
 };
 
@@ -34,9 +33,8 @@ class BatchNormForwardDriver {
         parallel_for_(parallel_for),
         e_(args.extent),
         partition_(batch_norm_partition(e_)),
-        workspace_(args.workspace, e_),
-        planes_(args.activation, args.residual != nullptr),
-        columns_(args.activation, args.residual != nullptr),
+        workspace_(args.workspace, partition_, e_),
+        functions_(args.activation, args.residual != nullptr),
         x_(static_cast<const T*>(args.x)),
         residual_(static_cast<const T*>(args.residual)),
         y_(static_cast<T*>(args.y)),
@@ -96,7 +94,7 @@ class BatchNormForwardDriver {
   PlaneParameters<A> plane_parameters(int64_t c) const { return {mean_[c], scale(c), bias(c), 0, 0}; }
 
   void apply_plane(int64_t c, int64_t at, int64_t n) {
-    planes_.apply(x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, 1, n, n, plane_parameters(c));
+    functions_.plane.apply(x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, 1, n, n, plane_parameters(c));
   }
 
   void planes() {
@@ -133,44 +131,28 @@ class BatchNormForwardDriver {
     });
   }
 
-  // Normalise rows of a panel that starts at column `at`; parameters are those of its columns.
+  // Normalise rows of a panel that starts at element `at`.
   void apply_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p) {
-    // Backwards: the last rows are still in the cache.
-    const int64_t strip = kTile / cols;
-    for (int64_t left = rows; left > 0;) {
-      const int64_t count = minimum(strip, left);
-      left -= count;
-      const int64_t i = at + left * partition_.cols;
-      columns_.apply(x_ + i, residual_ ? residual_ + i : nullptr, y_ + i, count, cols, partition_.cols, p);
-    }
+    const int64_t stride = partition_.cols;
+    for_each_strip_backwards(rows, cols, [&](int64_t row, int64_t count) {
+      const int64_t i = at + row * stride;
+      functions_.columns.apply(x_ + i, residual_ ? residual_ + i : nullptr, y_ + i, count, cols, stride, p);
+    });
   }
 
   void columns() {
     for_each(partition_.tasks, [this](int64_t task) {
-      const int64_t begin = task * partition_.panel;
+      const int64_t begin = task * partition_.panel, group = partition_.group;
       const int64_t cols = minimum(partition_.panel, partition_.cols - begin);
-      const int64_t group = partition_.group;
-      if (args_.training) {
-        double mean[kPanel], m2[kPanel];
-        column_moments(x_ + begin, partition_.rows, cols, partition_.cols, mean, m2);
-        for (int64_t first = 0; first < cols; first += group) {
-          WelfordData data;
-          for (int64_t i = first; i < first + group; ++i) {
-            data.combine({static_cast<double>(partition_.rows), mean[i], m2[i]});
-          }
-          finish_statistics((begin + first) / group, data.mean, data.m2);
-        }
+      PanelParameters<A> panel;
+      double mean[kPanel], m2[kPanel];
+      if (args_.training) group_moments(x_ + begin, partition_.rows, cols, group, partition_.cols, mean, m2);
+      for (int64_t i = 0; i < cols; i += group) {
+        const int64_t c = (begin + i) / group;
+        if (args_.training) finish_statistics(c, mean[i / group], m2[i / group]);
+        panel.columns().set(i, i + group, 1, plane_parameters(c));
       }
-      alignas(64) A mean[kPanel], scales[kPanel], biases[kPanel];
-      for (int64_t first = 0; first < cols; first += group) {
-        const PlaneParameters<A> p = plane_parameters((begin + first) / group);
-        for (int64_t i = first; i < first + group; ++i) {
-          mean[i] = p.mean;
-          scales[i] = p.scale;
-          biases[i] = p.bias;
-        }
-      }
-      apply_columns(begin, partition_.rows, cols, {mean, scales, biases, nullptr, nullptr});
+      apply_columns(begin, partition_.rows, cols, panel.columns());
     });
   }
 
@@ -187,25 +169,27 @@ class BatchNormForwardDriver {
                          mean + c, mean + cols + c);
         }
       });
-      for (int64_t c = 0; c < cols; ++c) {
+      // Into the first task's columns, then into channels.
+      double *mean = workspace_.partial, *m2 = mean + cols;
+      int64_t count = task_rows(0);
+      for (int64_t task = 1; task < partition_.tasks; ++task) {
+        const double* other = mean + task * 2 * cols;
+        combine_columns(cols, count, mean, m2, task_rows(task), other, other + cols);
+        count += task_rows(task);
+      }
+      for (int64_t c = 0; c < e_.C; ++c) {
         WelfordData data;
-        for (int64_t task = 0; task < partition_.tasks; ++task) {
-          const double* mean = workspace_.partial + task * 2 * cols;
-          data.combine({static_cast<double>(task_rows(task)), mean[c], mean[cols + c]});
-        }
+        for (int64_t i = c; i < cols; i += e_.C) data.combine({static_cast<double>(count), mean[i], m2[i]});
         finish_statistics(c, data.mean, data.m2);
       }
     }
-    for (int64_t c = 0; c < cols; ++c) {
-      workspace_.scale[c] = scale(c);
-      workspace_.bias[c] = bias(c);
-    }
-    const ColumnParameters<A> p{mean_, workspace_.scale, workspace_.bias, nullptr, nullptr};
+    const ColumnParameters<A>& p = workspace_.parameters;
+    for (int64_t c = 0; c < e_.C; ++c) p.set(c, cols, e_.C, plane_parameters(c));
     for_each(partition_.tasks, [&](int64_t task) {
       // From the last task to the first: the end of the input is what the cache still holds.
       const int64_t t = partition_.tasks - 1 - task;
       for (int64_t c = 0; c < cols; c += panel) {
-        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(panel, cols - c), p.shifted(c));
+        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(panel, cols - c), p.from(c));
       }
     });
   }
@@ -215,8 +199,7 @@ class BatchNormForwardDriver {
   const Extent e_;
   const Partition partition_;
   const BatchNormWorkspace<A> workspace_;
-  const TileFunctions<T, PlaneParameters<A>> planes_;
-  const TileFunctions<T, ColumnParameters<A>> columns_;
+  const TileFunctions<T, true> functions_;
   const T *x_, *residual_;
   T* y_;
   const A *weight_, *bias_;
@@ -233,9 +216,8 @@ class BatchNormBackwardDriver {
         parallel_for_(parallel_for),
         e_(args.extent),
         partition_(batch_norm_partition(e_)),
-        workspace_(args.workspace, e_),
-        planes_(args.activation, args.residual != nullptr),
-        columns_(args.activation, args.residual != nullptr),
+        workspace_(args.workspace, partition_, e_),
+        functions_(args.activation, args.residual != nullptr),
         dy_(static_cast<const T*>(args.dy)),
         x_(static_cast<const T*>(args.x)),
         residual_(static_cast<const T*>(args.residual)),
@@ -290,13 +272,26 @@ class BatchNormBackwardDriver {
   const T* residual(int64_t at) const { return residual_ ? residual_ + at : nullptr; }
 
   void sum_plane(int64_t c, int64_t at, int64_t n, double& sum_dz, double& sum_dz_deviation) {
-    plane_gradient_moments(x_ + at, dy_ + at, residual(at), n, parameters(c), planes_.gradient, sum_dz,
-                           sum_dz_deviation);
+    normfused::sum_plane(functions_, x_ + at, dy_ + at, residual(at), n, parameters(c), sum_dz, sum_dz_deviation);
+  }
+
+  // dx and dresidual of rows x cols elements from `at` on.
+  template <class Functions, class P>
+  void apply(const Functions& functions, int64_t at, int64_t rows, int64_t cols, int64_t stride, const P& p) {
+    if (dx_) {
+      const auto backward = args_.training ? functions.backward : functions.backward_frozen;
+      backward(x_ + at, dy_ + at, residual(at), dx_ + at, rows, cols, stride, p);
+    }
+    if (dresidual_) {
+      functions.residual_gradient(x_ + at, dy_ + at, residual(at), dresidual_ + at, rows, cols, stride, p);
+    }
   }
 
   void apply_plane(int64_t at, int64_t n, const PlaneParameters<A>& p) {
-    backward_apply_plane(x_ + at, dy_ + at, residual(at), dx_ ? dx_ + at : nullptr,
-                         dresidual_ ? dresidual_ + at : nullptr, n, args_.training, p, planes_.gradient);
+    for (int64_t i = 0; i < n; i += kTile) {
+      const int64_t count = minimum(kTile, n - i);
+      apply(functions_.plane, at + i, 1, count, count, p);
+    }
   }
 
   void planes() {
@@ -340,60 +335,48 @@ class BatchNormBackwardDriver {
         }
         p = finish_sums(c, total, total_deviation);
       }
-      workspace_.offset[c] = p.offset;
-      workspace_.slope[c] = p.slope;
+      workspace_.parameters.set(c, c + 1, 1, p);
     }
     if (!applies_) return;
     for_each(partition_.tasks, [&](int64_t task) {
       const int64_t plane = task / segments, s = task % segments, c = plane % e_.C;
-      PlaneParameters<A> p = parameters(c);
-      p.offset = workspace_.offset[c];
-      p.slope = workspace_.slope[c];
-      apply_plane(plane * e_.S + s * kSegment, segment_size(s), p);
+      apply_plane(plane * e_.S + s * kSegment, segment_size(s), workspace_.parameters.at(c));
     });
   }
 
   void sum_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p, double* sum_dz,
                    double* sum_dz_deviation) {
-    column_gradient_moments(x_ + at, dy_ + at, residual(at), rows, cols, partition_.cols, p, columns_.gradient, sum_dz,
-                            sum_dz_deviation);
+    normfused::sum_columns(functions_, x_ + at, dy_ + at, residual(at), rows, cols, partition_.cols, p, sum_dz,
+                           sum_dz_deviation);
   }
 
   void apply_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p) {
-    backward_apply(x_ + at, dy_ + at, residual(at), dx_ ? dx_ + at : nullptr, dresidual_ ? dresidual_ + at : nullptr,
-                   rows, cols, partition_.cols, args_.training, p, columns_.gradient);
+    const int64_t stride = partition_.cols;
+    for_each_strip_backwards(rows, cols, [&](int64_t row, int64_t count) {
+      apply(functions_.columns, at + row * stride, count, cols, stride, p);
+    });
   }
 
   void columns() {
     for_each(partition_.tasks, [this](int64_t task) {
-      const int64_t begin = task * partition_.panel;
+      const int64_t begin = task * partition_.panel, group = partition_.group;
       const int64_t cols = minimum(partition_.panel, partition_.cols - begin);
-      const int64_t group = partition_.group;
-      alignas(64) A mean[kPanel], scale[kPanel], bias[kPanel], offset[kPanel], slope[kPanel];
-      const ColumnParameters<A> columns{mean, scale, bias, offset, slope};
-      const auto expand = [&](int64_t first, const PlaneParameters<A>& p) {
-        for (int64_t i = first; i < first + group; ++i) {
-          mean[i] = p.mean;
-          scale[i] = p.scale;
-          bias[i] = p.bias;
-          offset[i] = p.offset;
-          slope[i] = p.slope;
-        }
-      };
-      for (int64_t first = 0; first < cols; first += group) expand(first, parameters((begin + first) / group));
+      PanelParameters<A> panel;
+      const ColumnParameters<A> p = panel.columns();
+      for (int64_t i = 0; i < cols; i += group) p.set(i, i + group, 1, parameters((begin + i) / group));
       if (reduces_) {
         double sum_dz[kPanel], sum_dz_deviation[kPanel];
-        sum_columns(begin, partition_.rows, cols, columns, sum_dz, sum_dz_deviation);
-        for (int64_t first = 0; first < cols; first += group) {
-          double total = 0, total_deviation = 0;
-          for (int64_t i = first; i < first + group; ++i) {
-            total += sum_dz[i];
-            total_deviation += sum_dz_deviation[i];
+        sum_columns(begin, partition_.rows, cols, p, sum_dz, sum_dz_deviation);
+        for (int64_t i = 0; i < cols; i += group) {
+          double total = sum_dz[i], total_deviation = sum_dz_deviation[i];
+          if (group > 1) {
+            total = sum(sum_dz + i, group);
+            total_deviation = sum(sum_dz_deviation + i, group);
           }
-          expand(first, finish_sums((begin + first) / group, total, total_deviation));
+          p.set(i, i + group, 1, finish_sums((begin + i) / group, total, total_deviation));
         }
       }
-      if (applies_) apply_columns(begin, partition_.rows, cols, columns);
+      if (applies_) apply_columns(begin, partition_.rows, cols, p);
     });
   }
 
@@ -402,36 +385,33 @@ class BatchNormBackwardDriver {
     const auto task_rows = [&](int64_t task) {
       return minimum(partition_.task_rows, partition_.rows - task * partition_.task_rows);
     };
-    for (int64_t c = 0; c < cols; ++c) {
-      const PlaneParameters<A> p = parameters(c);
-      workspace_.scale[c] = p.scale;
-      workspace_.bias[c] = p.bias;
-    }
-    const ColumnParameters<A> p{mean_, workspace_.scale, workspace_.bias, workspace_.offset, workspace_.slope};
+    const ColumnParameters<A>& p = workspace_.parameters;
+    for (int64_t c = 0; c < e_.C; ++c) p.set(c, cols, e_.C, parameters(c));
     if (reduces_) {
       for_each(partition_.tasks, [&](int64_t task) {
         double* sums = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
-          sum_columns(task * partition_.task_rows * cols + c, task_rows(task), minimum(panel, cols - c), p.shifted(c),
+          sum_columns(task * partition_.task_rows * cols + c, task_rows(task), minimum(panel, cols - c), p.from(c),
                       sums + c, sums + cols + c);
         }
       });
-      for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t c = 0; c < e_.C; ++c) {
         double total = 0, total_deviation = 0;
         for (int64_t task = 0; task < partition_.tasks; ++task) {
-          total += workspace_.partial[task * 2 * cols + c];
-          total_deviation += workspace_.partial[task * 2 * cols + cols + c];
+          const double* sums = workspace_.partial + task * 2 * cols;
+          for (int64_t i = c; i < cols; i += e_.C) {
+            total += sums[i];
+            total_deviation += sums[cols + i];
+          }
         }
-        const PlaneParameters<A> finished = finish_sums(c, total, total_deviation);
-        workspace_.offset[c] = finished.offset;
-        workspace_.slope[c] = finished.slope;
+        p.set(c, cols, e_.C, finish_sums(c, total, total_deviation));
       }
     }
     if (!applies_) return;
     for_each(partition_.tasks, [&](int64_t task) {
       const int64_t t = partition_.tasks - 1 - task;
       for (int64_t c = 0; c < cols; c += panel) {
-        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(panel, cols - c), p.shifted(c));
+        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(panel, cols - c), p.from(c));
       }
     });
   }
@@ -441,8 +421,7 @@ class BatchNormBackwardDriver {
   const Extent e_;
   const Partition partition_;
   const BatchNormWorkspace<A> workspace_;
-  const TileFunctions<T, PlaneParameters<A>> planes_;
-  const TileFunctions<T, ColumnParameters<A>> columns_;
+  const TileFunctions<T, true> functions_;
   const T *dy_, *x_, *residual_;
   const A *weight_, *bias_, *mean_, *invstd_;
   T *dx_, *dresidual_;

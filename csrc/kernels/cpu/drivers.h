@@ -7,22 +7,96 @@
 namespace normfused {
 namespace {
 
-// The loops that depend on the activation, for tensors of T and parameters P.
-template <class T, class P>
+// The loops that depend on the activation, for tensors of T with or without a residual.
+template <class T, bool kWithResidual>
 struct TileFunctions {
   using A = arithmetic_t<T>;
-  void (*apply)(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t stride, const P&);
-  void (*gradient)(const T* x, const T* dy, const T* residual, A* dz, int64_t rows, int64_t cols, int64_t stride,
-                   const P&);
+  template <class P>
+  struct Elementwise {
+    void (*apply)(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t stride, const P&);
+    // dx in training (through the statistics) and in evaluation.
+    void (*backward)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols, int64_t stride,
+                     const P&);
+    void (*backward_frozen)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols,
+                            int64_t stride, const P&);
+    void (*residual_gradient)(const T* x, const T* dy, const T* residual, T* dresidual, int64_t rows, int64_t cols,
+                              int64_t stride, const P&);
+
+    template <class Act, bool kResidual>
+    void set() {
+      apply = apply_tile<Act, kResidual, T, P>;
+      backward = backward_tile<Act, kResidual, true, T, P>;
+      if constexpr (kWithResidual) backward_frozen = backward_tile<Act, kResidual, false, T, P>;
+      if constexpr (kResidual) residual_gradient = residual_gradient_tile<Act, T, P>;
+    }
+  };
+  Elementwise<PlaneParameters<A>> plane;
+  Elementwise<ColumnParameters<A>> columns;
+  void (*plane_sums)(const T* x, const T* dy, const T* residual, int64_t n, const PlaneParameters<A>&, double& s,
+                     double& d);
+  void (*column_sums)(const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols, int64_t stride,
+                      const ColumnParameters<A>&, A* s, A* d);
 
   TileFunctions(Activation activation, bool residual) {
     dispatch_activation(activation, [&](auto act) {
       using Act = decltype(act);
-      apply = residual ? apply_tile<Act, true, T, P> : apply_tile<Act, false, T, P>;
-      gradient = residual ? gradient_tile<Act, true, T, P> : gradient_tile<Act, false, T, P>;
+      if constexpr (kWithResidual) {
+        if (residual) return set<Act, true>();
+      }
+      set<Act, false>();
     });
   }
+
+ private:
+  template <class Act, bool kResidual>
+  void set() {
+    plane.template set<Act, kResidual>();
+    columns.template set<Act, kResidual>();
+    plane_sums = gradient_moments<Act, kResidual, T>;
+    column_sums = column_gradient_moments<Act, kResidual, T>;
+  }
 };
+
+// Sums over n adjacent elements of one channel of dz and dz (x - mean).
+template <class T, class Functions>
+void sum_plane(const Functions& functions, const T* x, const T* dy, const T* residual, int64_t n,
+               const PlaneParameters<arithmetic_t<T>>& p, double& sum_dz, double& sum_dz_deviation) {
+  sum_dz = sum_dz_deviation = 0;
+  for (int64_t i = 0; i < n; i += kTile) {
+    functions.plane_sums(x + i, dy + i, residual ? residual + i : nullptr, minimum(kTile, n - i), p, sum_dz,
+                         sum_dz_deviation);
+  }
+}
+
+// The same over rows for each of cols <= kPanel columns.
+template <class T, class Functions>
+void sum_columns(const Functions& functions, const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols,
+                 int64_t stride, const ColumnParameters<arithmetic_t<T>>& p, double* sum_dz, double* sum_dz_deviation) {
+  using A = arithmetic_t<T>;
+  alignas(64) A s[kPanel], d[kPanel];
+  for (int64_t c = 0; c < cols; ++c) sum_dz[c] = sum_dz_deviation[c] = 0;
+  for (int64_t r = 0; r < rows; r += kRowBlock) {
+    const int64_t at = r * stride;
+    for (int64_t c = 0; c < cols; ++c) s[c] = d[c] = 0;
+    functions.column_sums(x + at, dy + at, residual ? residual + at : nullptr, minimum(kRowBlock, rows - r), cols,
+                          stride, p, s, d);
+    for (int64_t c = 0; c < cols; ++c) {
+      sum_dz[c] += s[c];
+      sum_dz_deviation[c] += d[c];
+    }
+  }
+}
+
+// Calls f(first row, rows) for strips of rows, the last first: it is what an earlier pass left in the cache.
+template <class F>
+void for_each_strip_backwards(int64_t rows, int64_t cols, F f) {
+  const int64_t strip = maximum(kTile / cols & ~int64_t{3}, 4);
+  for (int64_t left = rows; left > 0;) {
+    const int64_t count = minimum(strip, left);
+    left -= count;
+    f(left, count);
+  }
+}
 
 // f(task) for every task in [0, tasks); in order, on this thread, where work (in elements) is not worth a second one.
 template <class F>
@@ -38,41 +112,6 @@ void for_each_task(ParallelFor parallel_for, int64_t tasks, int64_t work, F f) {
         for (int64_t task = begin; task < end; ++task) (*static_cast<F*>(context))(task);
       },
       &f);
-}
-
-// dx and dresidual (each may be null) of rows x cols elements; for planes rows is 1.
-template <class T, class P>
-void backward_apply(const T* x, const T* dy, const T* residual, T* dx, T* dresidual, int64_t rows, int64_t cols,
-                    int64_t stride, bool through_statistics, const P& p,
-                    decltype(TileFunctions<T, P>::gradient) gradient) {
-  alignas(64) arithmetic_t<T> dz[kTile];
-  const int64_t strip = kTile / cols;
-  // Backwards: the end of the rows is what an earlier pass left in the cache.
-  for (int64_t left = rows; left > 0;) {
-    const int64_t count = minimum(strip, left);
-    left -= count;
-    const int64_t at = left * stride;
-    gradient(x + at, dy + at, residual ? residual + at : nullptr, dz, count, cols, stride, p);
-    if (dresidual) store_tile(dz, dresidual + at, count, cols, stride);
-    if (!dx) continue;
-    if (through_statistics) {
-      backward_apply_tile<true>(x + at, dz, dx + at, count, cols, stride, p);
-    } else {
-      backward_apply_tile<false>(x + at, dz, dx + at, count, cols, stride, p);
-    }
-  }
-}
-
-// backward_apply for n adjacent elements of one channel.
-template <class T>
-void backward_apply_plane(const T* x, const T* dy, const T* residual, T* dx, T* dresidual, int64_t n,
-                          bool through_statistics, const PlaneParameters<arithmetic_t<T>>& p,
-                          decltype(TileFunctions<T, PlaneParameters<arithmetic_t<T>>>::gradient) gradient) {
-  for (int64_t i = 0; i < n; i += kTile) {
-    const int64_t count = minimum(kTile, n - i);
-    backward_apply(x + i, dy + i, residual ? residual + i : nullptr, dx ? dx + i : nullptr,
-                   dresidual ? dresidual + i : nullptr, 1, count, count, through_statistics, p, gradient);
-  }
 }
 
 template <class F>

@@ -23,8 +23,7 @@ class GroupNormDriver {
         G_(args.groups),
         D_(e_.C / args.groups),
         partition_(group_norm_partition(e_, args.groups)),
-        planes_(args.activation, false),
-        columns_(args.activation, false),
+        functions_(args.activation, false),
         x_(static_cast<const T*>(args.x)),
         weight_(static_cast<const A*>(args.weight)),
         bias_(static_cast<const A*>(args.bias)),
@@ -81,21 +80,14 @@ class GroupNormDriver {
   // f(first channel, channels, columns' parameters) for stretches of at most kPanel columns.
   template <class Parameters, class F>
   void for_each_stretch(int64_t begin, int64_t end, Parameters parameters, F f) const {
-    alignas(64) A mean[kPanel], scale[kPanel], bias[kPanel], offset[kPanel], slope[kPanel];
+    PanelParameters<A> panel;
     const int64_t most = kPanel / e_.S;
     for (int64_t first = begin; first < end; first += most) {
       const int64_t channels = minimum(most, end - first);
       for (int64_t i = 0; i < channels; ++i) {
-        const PlaneParameters<A> p = parameters(first + i);
-        for (int64_t j = i * e_.S; j < (i + 1) * e_.S; ++j) {
-          mean[j] = p.mean;
-          scale[j] = p.scale;
-          bias[j] = p.bias;
-          offset[j] = p.offset;
-          slope[j] = p.slope;
-        }
+        panel.columns().set(i * e_.S, (i + 1) * e_.S, 1, parameters(first + i));
       }
-      f(first, channels, ColumnParameters<A>{mean, scale, bias, offset, slope});
+      f(first, channels, panel.columns());
     }
   }
 
@@ -105,8 +97,7 @@ class GroupNormDriver {
   const Extent e_;
   const int64_t G_, D_;
   const GroupPartition partition_;
-  const TileFunctions<T, PlaneParameters<A>> planes_;
-  const TileFunctions<T, ColumnParameters<A>> columns_;
+  const TileFunctions<T, false> functions_;
   const T* x_;
   const A *weight_, *bias_;
   A *mean_, *rstd_;
@@ -153,13 +144,13 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     if (this->small_planes()) {
       this->for_each_stretch(begin, end, parameters, [&](int64_t c, int64_t channels, const auto& p) {
         const int64_t at = (sample + c) * e_.S, cols = channels * e_.S;
-        this->columns_.apply(x_ + at, nullptr, y_ + at, 1, cols, cols, p);
+        this->functions_.columns.apply(x_ + at, nullptr, y_ + at, 1, cols, cols, p);
       });
       return;
     }
     for (int64_t c = end - 1; c >= begin; --c) {
       const int64_t at = (sample + c) * e_.S;
-      this->planes_.apply(x_ + at, nullptr, y_ + at, 1, e_.S, e_.S, parameters(c));
+      this->functions_.plane.apply(x_ + at, nullptr, y_ + at, 1, e_.S, e_.S, parameters(c));
     }
   }
 
@@ -206,13 +197,10 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     const auto apply = [this](int64_t task) {
       const ColumnParameters<A> p = this->column_parameters(task / partition_.splits);
       this->for_each_panel([&](int64_t c, int64_t cols) {
-        const int64_t at = this->offset_of(task) + c, strip = kTile / cols;
-        for (int64_t left = this->row_count(task); left > 0;) {
-          const int64_t count = minimum(strip, left);
-          left -= count;
-          const int64_t i = at + left * e_.C;
-          this->columns_.apply(x_ + i, nullptr, y_ + i, count, cols, e_.C, p.shifted(c));
-        }
+        for_each_strip_backwards(this->row_count(task), cols, [&](int64_t row, int64_t count) {
+          const int64_t at = this->offset_of(task) + row * e_.C + c;
+          this->functions_.columns.apply(x_ + at, nullptr, y_ + at, count, cols, e_.C, p.from(c));
+        });
       });
     };
     if (partition_.splits == 1) {
@@ -315,8 +303,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       this->for_each_stretch(begin, end, parameters, [&](int64_t first, int64_t channels, const auto& p) {
         const int64_t at = (n * e_.C + first) * e_.S, cols = channels * e_.S;
         double dz[kPanel], deviation[kPanel];
-        column_gradient_moments<T>(x_ + at, dy_ + at, nullptr, 1, cols, cols, p, this->columns_.gradient, dz,
-                                   deviation);
+        sum_columns<T>(this->functions_, x_ + at, dy_ + at, nullptr, 1, cols, cols, p, dz, deviation);
         for (int64_t i = 0; i < channels; ++i) {
           double total = 0, total_deviation = 0;
           for (int64_t j = i * e_.S; j < (i + 1) * e_.S; ++j) {
@@ -331,8 +318,8 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
     }
     for (int64_t c = begin; c < end; ++c) {
       const int64_t at = (n * e_.C + c) * e_.S;
-      plane_gradient_moments<T>(x_ + at, dy_ + at, nullptr, e_.S, parameters(c), this->planes_.gradient, sum_dz(n, c),
-                                sum_dz_deviation(n, c));
+      sum_plane<T>(this->functions_, x_ + at, dy_ + at, nullptr, e_.S, parameters(c), sum_dz(n, c),
+                   sum_dz_deviation(n, c));
     }
   }
 
@@ -352,15 +339,13 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
     if (this->small_planes()) {
       this->for_each_stretch(begin, end, parameters, [&](int64_t first, int64_t channels, const auto& p) {
         const int64_t at = (n * e_.C + first) * e_.S, cols = channels * e_.S;
-        backward_apply<T>(x_ + at, dy_ + at, nullptr, dx_ + at, nullptr, 1, cols, cols, true, p,
-                          this->columns_.gradient);
+        this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx_ + at, 1, cols, cols, p);
       });
       return;
     }
     for (int64_t c = end - 1; c >= begin; --c) {
       const int64_t at = (n * e_.C + c) * e_.S;
-      backward_apply_plane<T>(x_ + at, dy_ + at, nullptr, dx_ + at, nullptr, e_.S, true, parameters(c),
-                              this->planes_.gradient);
+      this->functions_.plane.backward(x_ + at, dy_ + at, nullptr, dx_ + at, 1, e_.S, e_.S, parameters(c));
     }
   }
 
@@ -371,9 +356,8 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       double* partial = partial_ + task * 2 * e_.C;
       this->for_each_panel([&](int64_t c, int64_t cols) {
         const int64_t at = this->offset_of(task) + c;
-        column_gradient_moments<T>(x_ + at, dy_ + at, nullptr, this->row_count(task), cols, e_.C,
-                                   this->column_parameters(task / partition_.splits).shifted(c),
-                                   this->columns_.gradient, partial + c, partial + e_.C + c);
+        sum_columns<T>(this->functions_, x_ + at, dy_ + at, nullptr, this->row_count(task), cols, e_.C,
+                       this->column_parameters(task / partition_.splits).from(c), partial + c, partial + e_.C + c);
       });
     };
     const auto finish_sample = [this](int64_t n) {
@@ -399,9 +383,10 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       if (!dx_) return;
       const ColumnParameters<A> p = this->column_parameters(task / partition_.splits);
       this->for_each_panel([&](int64_t c, int64_t cols) {
-        const int64_t at = this->offset_of(task) + c;
-        backward_apply<T>(x_ + at, dy_ + at, nullptr, dx_ + at, nullptr, this->row_count(task), cols, e_.C, true,
-                          p.shifted(c), this->columns_.gradient);
+        for_each_strip_backwards(this->row_count(task), cols, [&](int64_t row, int64_t count) {
+          const int64_t at = this->offset_of(task) + row * e_.C + c;
+          this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx_ + at, count, cols, e_.C, p.from(c));
+        });
       });
     };
     if (partition_.splits == 1) {

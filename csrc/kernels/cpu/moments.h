@@ -62,7 +62,20 @@ WelfordData plane_moments(const T* x, int64_t n) {
   return data;
 }
 
-// Moments of each of cols <= kPanel columns over rows, combined into mean and m2, which hold count rows so far.
+// WelfordData::combine for cols columns of equal counts: no division for each of them.
+inline void combine_columns(int64_t cols, double count, double* mean, double* m2, double other_count,
+                            const double* other_mean, const double* other_m2) {
+  const double share = other_count / (count + other_count);
+  const double weight = count * share;
+#pragma omp simd
+  for (int64_t c = 0; c < cols; ++c) {
+    const double delta = other_mean[c] - mean[c];
+    mean[c] += delta * share;
+    m2[c] += other_m2[c] + delta * delta * weight;
+  }
+}
+
+// Moments of each of cols <= kPanel columns over rows.
 template <class T>
 void column_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, double* mean, double* m2) {
   using A = arithmetic_t<T>;
@@ -89,66 +102,60 @@ void column_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, doub
       }
       continue;
     }
-    // WelfordData::combine, with counts that all columns share.
-    const double per_count = 1.0 / count;
-    const double share = static_cast<double>(count) / (r + count);
-    const double weight = r * share;
     if (r == 0) {
 #pragma omp simd
       for (int64_t c = 0; c < cols; ++c) mean[c] = m2[c] = 0;
     }
+    const double per_count = 1.0 / count;
+    double block_mean[kPanel], block_m2[kPanel];
 #pragma omp simd
     for (int64_t c = 0; c < cols; ++c) {
       const double s = s1[c];
       const double q = s2[c] - s * s * per_count;
-      const double delta = shift[c] + s * per_count - mean[c];
-      mean[c] += delta * share;
-      m2[c] += (q > 0 ? q : 0) + delta * delta * weight;
+      block_mean[c] = shift[c] + s * per_count;
+      block_m2[c] = q > 0 ? q : 0;
     }
+    combine_columns(cols, r, mean, m2, count, block_mean, block_m2);
   }
 }
 
-// Sums over rows of dz and dz (x - mean), for cols <= kPanel columns.
-template <class T, class Gradient>
-void column_gradient_moments(const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols, int64_t stride,
-                             const ColumnParameters<arithmetic_t<T>>& p, Gradient gradient, double* sum_dz,
-                             double* sum_dz_deviation) {
+// Moments of channels that are `group` adjacent columns each, over rows; cols <= kPanel, and mean and m2 hold
+// cols / group.
+template <class T>
+void group_moments(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, double* mean, double* m2) {
   using A = arithmetic_t<T>;
-  alignas(64) A dz[kTile], s1[kPanel], s2[kPanel];
-  for (int64_t c = 0; c < cols; ++c) sum_dz[c] = sum_dz_deviation[c] = 0;
-  const int64_t strip = kTile / cols;
-  for (int64_t block = 0; block < rows; block += kRowBlock) {
-    const int64_t end = minimum(block + kRowBlock, rows);
-    for (int64_t c = 0; c < cols; ++c) s1[c] = s2[c] = 0;
-    for (int64_t r = block; r < end; r += strip) {
-      const int64_t count = minimum(strip, end - r);
-      const int64_t at = r * stride;
-      gradient(x + at, dy + at, residual ? residual + at : nullptr, dz, count, cols, stride, p);
-      add_gradient_moments(x + at, dz, count, cols, stride, p.mean, s1, s2);
+  if (group == 1) return column_moments(x, rows, cols, stride, mean, m2);
+  alignas(64) A shift[kPanel], s1[kPanel], s2[kPanel];
+  WelfordData data[kPanel];
+  const int64_t channels = cols / group;
+  for (int64_t r = 0; r < rows; r += kRowBlock) {
+    const int64_t count = minimum(kRowBlock, rows - r);
+    const T* block = x + r * stride;
+    for (int64_t c = 0; c < cols; c += group) {
+      const A sample = sum(block + c, group) / group;
+      for (int64_t i = c; i < c + group; ++i) {
+        shift[i] = sample;
+        s1[i] = s2[i] = 0;
+      }
     }
-    for (int64_t c = 0; c < cols; ++c) {
-      sum_dz[c] += s1[c];
-      sum_dz_deviation[c] += s2[c];
+    add_shifted_moments(block, count, cols, stride, shift, s1, s2);
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      const int64_t c = channel * group;
+      const A *sums = s1 + c, *squares = s2 + c;
+      const double s = sum_over<double>(group, [=](int64_t i) { return static_cast<double>(sums[i]); });
+      const double q = sum_over<double>(group, [=](int64_t i) { return static_cast<double>(squares[i]); });
+      if (is_finite(q)) {
+        const double n = static_cast<double>(count * group);
+        const double deviations = q - s * s / n;
+        data[channel].combine({n, shift[c] + s / n, deviations > 0 ? deviations : 0});
+      } else {
+        for (int64_t i = 0; i < group; ++i) data[channel].combine(exact_moments(block + c + i, count, stride));
+      }
     }
   }
-}
-
-// The same for n adjacent values of one channel.
-template <class T, class Gradient>
-void plane_gradient_moments(const T* x, const T* dy, const T* residual, int64_t n,
-                            const PlaneParameters<arithmetic_t<T>>& p, Gradient gradient, double& sum_dz,
-                            double& sum_dz_deviation) {
-  using A = arithmetic_t<T>;
-  alignas(64) A dz[kTile];
-  sum_dz = sum_dz_deviation = 0;
-  for (int64_t i = 0; i < n; i += kTile) {
-    const int64_t count = minimum(kTile, n - i);
-    const T* tile = x + i;
-    gradient(tile, dy + i, residual ? residual + i : nullptr, dz, 1, count, count, p);
-    const A mean = p.mean;
-    const A* g = dz;
-    sum_dz += sum_over<A>(count, [=](int64_t j) { return g[j]; });
-    sum_dz_deviation += sum_over<A>(count, [=](int64_t j) { return g[j] * (load(tile[j]) - mean); });
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    mean[channel] = data[channel].mean;
+    m2[channel] = data[channel].m2;
   }
 }
 

@@ -23,7 +23,8 @@ struct Partition {
     split_columns,  // a task is a range of rows, all columns; statistics of all first, then normalise
   };
   Path path;
-  // For columns: a matrix of rows x cols, `group` adjacent columns to a channel.
+  // For columns: a matrix of rows x cols. columns: `group` adjacent columns to a channel. split_columns: a row is so
+  // many rows of C channels that a loop over it is long, and column i is of channel i % C.
   int64_t rows, cols, group;
   // Columns a task or step takes; for split_columns the rows a task takes.
   int64_t panel, task_rows;
@@ -53,17 +54,22 @@ inline Partition batch_norm_partition(const Extent& e) {
     const int64_t panel = minimum(maximum(eighth, 64), kPanel);
     return {Path::columns, rows, e.C, 1, panel, rows, divide_up(e.C, panel)};
   }
+  int64_t wide = 1;
+  while (2 * wide * e.C <= kPanel && rows % (2 * wide) == 0) wide *= 2;
+  const int64_t wide_rows = rows / wide;
   const int64_t tasks = minimum(maximum(rows * e.C / kTaskWork, 1), kMaxTasks);
-  const int64_t task_rows = divide_up(divide_up(rows, tasks), 8) * 8;
-  return {Path::split_columns, rows, e.C, 1, minimum(e.C, kPanel), task_rows, divide_up(rows, task_rows)};
+  const int64_t task_rows = divide_up(divide_up(wide_rows, tasks), 8) * 8;
+  const int64_t cols = wide * e.C;
+  return {Path::split_columns, wide_rows, cols, 1, minimum(cols, kPanel), task_rows, divide_up(wide_rows, task_rows)};
 }
 
-// Bytes of workspace that BatchNorm's partition needs: A[4][C], then partial sums in double.
+// Bytes of workspace that BatchNorm's partition needs: five arrays of A (parameters of channels or columns), then
+// partial sums in double.
 inline int64_t batch_norm_workspace_bytes(const Extent& e) {
   const Partition p = batch_norm_partition(e);
   switch (p.path) {
-    case Partition::Path::split_planes: return sizeof(double) * (4 * e.C + 3 * p.tasks);
-    case Partition::Path::split_columns: return sizeof(double) * (4 * e.C + 2 * p.tasks * p.cols);
+    case Partition::Path::split_planes: return sizeof(double) * (5 * e.C + 3 * p.tasks);
+    case Partition::Path::split_columns: return sizeof(double) * (5 * p.cols + 2 * p.tasks * p.cols);
     default: return 0;
   }
 }

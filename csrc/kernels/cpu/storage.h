@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../inline.h"
+
 namespace normfused {
 namespace {
 
@@ -27,12 +29,14 @@ struct Arithmetic<double> {
 template <class T>
 using arithmetic_t = typename Arithmetic<T>::type;
 
-inline float load(float value) { return value; }
-inline double load(double value) { return value; }
+NORMFUSED_INLINE float load(float value) { return value; }
+NORMFUSED_INLINE double load(double value) { return value; }
 
-inline float load(BFloat16 value) { return __builtin_bit_cast(float, static_cast<uint32_t>(value.bits) << 16); }
+NORMFUSED_INLINE float load(BFloat16 value) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(value.bits) << 16);
+}
 
-inline float load(Float16 value) {
+NORMFUSED_INLINE float load(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   // The exponent bias differs by 112; multiplying by 2^112 also normalises denormals.
@@ -44,12 +48,12 @@ inline float load(Float16 value) {
 
 // store<T>(value): value rounded to T, to nearest, ties to even.
 template <class T>
-inline T store(arithmetic_t<T> value) {
+NORMFUSED_INLINE T store(arithmetic_t<T> value) {
   return value;
 }
 
 template <>
-inline BFloat16 store<BFloat16>(float value) {
+NORMFUSED_INLINE BFloat16 store<BFloat16>(float value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = 0x7fc0u | (bits >> 16);
@@ -57,7 +61,7 @@ inline BFloat16 store<BFloat16>(float value) {
 }
 
 template <>
-inline Float16 store<Float16>(float value) {
+NORMFUSED_INLINE Float16 store<Float16>(float value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -72,9 +76,20 @@ inline Float16 store<Float16>(float value) {
   return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
 }
 
+// store<T>(value) for a value that T represents exactly.
+template <class T>
+NORMFUSED_INLINE T store_exact(arithmetic_t<T> value) {
+  return store<T>(value);
+}
+
+template <>
+NORMFUSED_INLINE BFloat16 store_exact<BFloat16>(float value) {
+  return {static_cast<uint16_t>(__builtin_bit_cast(uint32_t, value) >> 16)};
+}
+
 // value as it would be read back after a store: what native's separate BatchNorm hands to the activation.
 template <class T>
-inline arithmetic_t<T> rounded(arithmetic_t<T> value) {
+NORMFUSED_INLINE arithmetic_t<T> rounded(arithmetic_t<T> value) {
   return load(store<T>(value));
 }
 
