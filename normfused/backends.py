@@ -34,6 +34,7 @@ def choose(tensor) -> str:
     return _decided.get(device_type) or _decide(device_type)
 
 
+@torch.compiler.assume_constant_result
 def _decide(device_type):
     why_not = _why_not_extension(device_type)
     _decided[device_type] = "extension" if why_not is None else "torch"

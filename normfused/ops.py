@@ -40,6 +40,13 @@ if LOADED:
 
     BUILD["instruction_set"] = torch.ops.normfused.cpu_instruction_set()
 
+    def _check_devices(x, *others):
+        for t in others:
+            torch._check(
+                t is None or t.device == x.device,
+                lambda t=t: f"normfused: all tensors must be on one device, got {x.device} and {t.device}",
+            )
+
     def _group_norm_empty_like(x):
         return torch.empty_like(x, memory_format=suggest_memory_format(x))
 
@@ -67,6 +74,7 @@ if LOADED:
         activation,
         pre_activation,
     ):
+        _check_devices(x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
         mean = x.new_empty(x.shape[1], dtype=_statistics_dtype(x))
         return _batch_norm_empty_like(x), mean, torch.empty_like(mean)
 
@@ -87,6 +95,7 @@ if LOADED:
         need_dbias,
         need_dresidual,
     ):
+        _check_devices(x, dy, weight, bias, residual, mean, invstd)
         return (
             _batch_norm_empty_like(x) if need_dx else x.new_empty(0),
             mean.new_empty(x.shape[1]) if need_dweight else mean.new_empty(0),
@@ -96,11 +105,13 @@ if LOADED:
 
     @torch.library.register_fake("normfused::group_norm_act")
     def _(x, weight, bias, num_groups, eps, activation):
+        _check_devices(x, weight, bias)
         mean = x.new_empty((x.shape[0], num_groups), dtype=_statistics_dtype(x))
         return _group_norm_empty_like(x), mean, torch.empty_like(mean)
 
     @torch.library.register_fake("normfused::group_norm_act_backward")
     def _(dy, x, weight, bias, mean, rstd, num_groups, activation, need_dx, need_dweight, need_dbias):
+        _check_devices(x, dy, weight, bias, mean, rstd)
         return (
             _group_norm_empty_like(x) if need_dx else x.new_empty(0),
             mean.new_empty(x.shape[1]) if need_dweight else mean.new_empty(0),

@@ -105,10 +105,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(Tensor dy, Te
   const ChannelArray means(op, "mean", mean, input), invstds(op, "invstd", invstd, input);
   const OptionalTensor matched = residual ? OptionalTensor(input.match(op, "residual", *residual)) : std::nullopt;
 
-  Tensor dx = need_dx ? input.empty_like() : empty_output(input);
+  Tensor dx = need_dx ? input.empty_like() : input.empty_output();
   Tensor dweight = input.empty_statistics(need_dweight ? e.C : 0);
   Tensor dbias = input.empty_statistics(need_dbias ? e.C : 0);
-  Tensor dresidual = need_dresidual ? input.empty_like() : empty_output(input);
+  Tensor dresidual = need_dresidual ? input.empty_like() : input.empty_output();
   const Workspace workspace(cpu::batch_norm_workspace(e));
   cpu::batch_norm_backward(
       {

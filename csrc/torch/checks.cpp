@@ -130,6 +130,11 @@ Input::Input(const char* op, const char* argument, const Tensor& x, Ambiguous am
 
 Tensor Input::empty_like() const { return empty_dense(tensor, channels_last, scalar_type); }
 
+Tensor Input::empty_output() const {
+  const int64_t size = 0, stride = 1;
+  return empty_strided(&size, &stride, 1, scalar_type, tensor);
+}
+
 Tensor Input::empty_statistics(int64_t n) const {
   const int64_t stride = 1;
   return empty_strided(&n, &stride, 1, statistics_type(), tensor);
@@ -200,8 +205,6 @@ void ChannelArray::write_back() const {
     }
   });
 }
-
-Tensor empty_output(const Input& input) { return input.empty_statistics(0); }
 
 void parallel_for(int64_t tasks, ParallelBody body, void* context) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, body, context));

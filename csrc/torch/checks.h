@@ -75,6 +75,8 @@ struct Input {
   ScalarType statistics_type() const { return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float; }
   // A fresh tensor of this shape, dtype and memory format.
   Tensor empty_like() const;
+  // An output of this dtype that the caller did not ask for.
+  Tensor empty_output() const;
   // A fresh vector or matrix of the statistics' dtype.
   Tensor empty_statistics(int64_t n) const;
   Tensor empty_statistics(int64_t n, int64_t m) const;
@@ -99,9 +101,6 @@ class ChannelArray {
   bool wide_ = false;
   void* data_ = nullptr;
 };
-
-// An output that the caller did not ask for.
-Tensor empty_output(const Input& input);
 
 // Memory for a kernel's partial sums.
 class Workspace {

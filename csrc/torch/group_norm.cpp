@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(Tensor dy, Tensor x, 
   const Tensor means = check_statistics(op, "mean", mean, num_groups, input);
   const Tensor rstds = check_statistics(op, "rstd", rstd, num_groups, input);
 
-  Tensor dx = need_dx ? input.empty_like() : empty_output(input);
+  Tensor dx = need_dx ? input.empty_like() : input.empty_output();
   Tensor dweight = input.empty_statistics(need_dweight ? input.extent.C : 0);
   Tensor dbias = input.empty_statistics(need_dbias ? input.extent.C : 0);
   const Workspace workspace(cpu::group_norm_workspace(input.extent, num_groups));

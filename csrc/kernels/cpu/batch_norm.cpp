@@ -18,8 +18,8 @@ struct BatchNormWorkspace {
   BatchNormWorkspace(void* memory, const Partition& p, const Extent& e) {
     const int64_t n = p.path == Partition::Path::split_columns ? p.cols : e.C;
     A* arrays = static_cast<A*>(memory);
-    parameters = {arrays, arrays + n, arrays + 2 * n, arrays + 3 * n, arrays + 4 * n};
-    partial = static_cast<double*>(memory) + 5 * n;
+    parameters = {arrays, arrays + n, arrays + 2 * n, arrays + 3 * n, arrays + 4 * n, arrays + 5 * n};
+    partial = static_cast<double*>(memory) + 6 * n;
   }
 };
 
@@ -91,7 +91,7 @@ class BatchNormForwardDriver {
 
   A scale(int64_t c) const { return weight_ ? invstd_[c] * weight_[c] : invstd_[c]; }
   A bias(int64_t c) const { return bias_ ? bias_[c] : A(0); }
-  PlaneParameters<A> plane_parameters(int64_t c) const { return {mean_[c], scale(c), bias(c), 0, 0}; }
+  PlaneParameters<A> plane_parameters(int64_t c) const { return {mean_[c], scale(c), bias(c), 0, 0, 0}; }
 
   void apply_plane(int64_t c, int64_t at, int64_t n) {
     functions_.plane.apply(x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, 1, n, n, plane_parameters(c));
@@ -253,19 +253,19 @@ class BatchNormBackwardDriver {
   }
 
   PlaneParameters<A> parameters(int64_t c) const {
-    return {mean_[c], weight_ ? invstd_[c] * weight_[c] : invstd_[c], bias_ ? bias_[c] : A(0), 0, 0};
+    const A scale = weight_ ? invstd_[c] * weight_[c] : invstd_[c];
+    return {mean_[c], scale, bias_ ? bias_[c] : A(0), scale, 0, 0};
   }
 
   // From a channel's sums over dz and dz (x - mean): its parameter gradients, and the part of dx that comes through the
   // statistics, dx = scale (dz - sum(dz) / n - (x - mean) invstd^2 sum(dz (x - mean)) / n).
   PlaneParameters<A> finish_sums(int64_t c, double sum_dz, double sum_dz_deviation) {
-    const double invstd = invstd_[c];
+    const double invstd = invstd_[c], n = static_cast<double>(e_.N * e_.S);
     if (dbias_) dbias_[c] = static_cast<A>(sum_dz);
     if (dweight_) dweight_[c] = static_cast<A>(sum_dz_deviation * invstd);
     PlaneParameters<A> p = parameters(c);
-    const double per_count = p.scale / static_cast<double>(e_.N * e_.S);
-    p.offset = static_cast<A>(sum_dz * per_count);
-    p.slope = static_cast<A>(sum_dz_deviation * invstd * invstd * per_count);
+    p.offset = static_cast<A>(sum_dz / n);
+    p.slope = static_cast<A>(sum_dz_deviation * invstd * invstd / n);
     return p;
   }
 

@@ -44,14 +44,15 @@ class GroupNormDriver {
 
   PlaneParameters<A> plane_parameters(int64_t n, int64_t c) const {
     const int64_t unit = n * G_ + c / D_;
-    return {mean_[unit], weight_ ? rstd_[unit] * weight_[c] : rstd_[unit], bias(c), 0, 0};
+    return {mean_[unit], weight_ ? rstd_[unit] * weight_[c] : rstd_[unit], bias(c), rstd_[unit], 0, 0};
   }
 
-  // Column arrays of one sample in the workspace: mean, scale, offset, slope of each channel; bias is shared.
-  A* sample_array(int64_t n, int64_t which) const { return arrays_ + (4 * n + which) * e_.C; }
-  A* bias_array() const { return arrays_ + 4 * e_.N * e_.C; }
+  // Column arrays of one sample in the workspace: mean, scale, outer, offset, slope of each channel; bias is shared.
+  A* sample_array(int64_t n, int64_t which) const { return arrays_ + (5 * n + which) * e_.C; }
+  A* bias_array() const { return arrays_ + 5 * e_.N * e_.C; }
   ColumnParameters<A> column_parameters(int64_t n) const {
-    return {sample_array(n, 0), sample_array(n, 1), bias_array(), sample_array(n, 2), sample_array(n, 3)};
+    return {sample_array(n, 0), sample_array(n, 1), bias_array(),
+            sample_array(n, 2), sample_array(n, 3), sample_array(n, 4)};
   }
 
   void fill_bias_array() {
@@ -63,6 +64,7 @@ class GroupNormDriver {
       const PlaneParameters<A> p = plane_parameters(n, c);
       sample_array(n, 0)[c] = p.mean;
       sample_array(n, 1)[c] = p.scale;
+      sample_array(n, 2)[c] = p.outer;
     }
   }
 
@@ -272,7 +274,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
   double& sum_dz(int64_t n, int64_t c) { return sums_[2 * n * e_.C + c]; }
   double& sum_dz_deviation(int64_t n, int64_t c) { return sums_[(2 * n + 1) * e_.C + c]; }
 
-  // dx = scale dz - (offset + (x - mean) slope): the part that comes through the statistics of group g.
+  // dx = scale dz - rstd (offset + (x - mean) slope): the part that comes through the statistics of group g.
   void through_statistics(int64_t n, int64_t g, A& offset, A& slope) {
     double total = 0, total_deviation = 0;
     for (int64_t c = g * D_; c < (g + 1) * D_; ++c) {
@@ -280,9 +282,9 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       total += w * sum_dz(n, c);
       total_deviation += w * sum_dz_deviation(n, c);
     }
-    const double rstd = rstd_[n * G_ + g], per_count = rstd / static_cast<double>(D_ * e_.S);
-    offset = static_cast<A>(total * per_count);
-    slope = static_cast<A>(total_deviation * rstd * rstd * per_count);
+    const double rstd = rstd_[n * G_ + g], count = static_cast<double>(D_ * e_.S);
+    offset = static_cast<A>(total / count);
+    slope = static_cast<A>(total_deviation * rstd * rstd / count);
   }
 
   void parameter_gradients() {
@@ -374,8 +376,8 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
         A offset, slope;
         through_statistics(n, g, offset, slope);
         for (int64_t c = g * D_; c < (g + 1) * D_; ++c) {
-          this->sample_array(n, 2)[c] = offset;
-          this->sample_array(n, 3)[c] = slope;
+          this->sample_array(n, 3)[c] = offset;
+          this->sample_array(n, 4)[c] = slope;
         }
       }
     };

@@ -24,6 +24,19 @@ WelfordData exact_moments(const T* x, int64_t n, int64_t stride) {
   return {static_cast<double>(n), mean, m2};
 }
 
+// Rows whose mean is the shift of a block of rows.
+constexpr int64_t kSample = 16;
+
+template <class T, class A>
+void average_rows(const T* x, int64_t rows, int64_t cols, int64_t stride, A* average) {
+  const A per_row = A(1) / rows;
+  for (int64_t c = 0; c < cols; ++c) average[c] = 0;
+  for (int64_t r = 0; r < rows; ++r, x += stride) {
+#pragma omp simd
+    for (int64_t c = 0; c < cols; ++c) average[c] += load(x[c]) * per_row;
+  }
+}
+
 // At most kTile adjacent values.
 template <class T>
 WelfordData tile_moments(const T* x, int64_t n) {
@@ -83,11 +96,8 @@ void column_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, doub
   for (int64_t r = 0; r < rows; r += kRowBlock) {
     const int64_t count = minimum(kRowBlock, rows - r);
     const T* block = x + r * stride;
-#pragma omp simd
-    for (int64_t c = 0; c < cols; ++c) {
-      shift[c] = load(block[c]);
-      s1[c] = s2[c] = 0;
-    }
+    average_rows(block, minimum(count, kSample), cols, stride, shift);
+    for (int64_t c = 0; c < cols; ++c) s1[c] = s2[c] = 0;
     add_shifted_moments(block, count, cols, stride, shift, s1, s2);
     A finite = 0;
 #pragma omp simd reduction(+ : finite)
@@ -131,8 +141,9 @@ void group_moments(const T* x, int64_t rows, int64_t cols, int64_t group, int64_
   for (int64_t r = 0; r < rows; r += kRowBlock) {
     const int64_t count = minimum(kRowBlock, rows - r);
     const T* block = x + r * stride;
+    average_rows(block, minimum(count, kSample), cols, stride, shift);
     for (int64_t c = 0; c < cols; c += group) {
-      const A sample = sum(block + c, group) / group;
+      const A sample = sum(shift + c, group) / group;
       for (int64_t i = c; i < c + group; ++i) {
         shift[i] = sample;
         s1[i] = s2[i] = 0;

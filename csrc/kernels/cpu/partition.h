@@ -36,7 +36,7 @@ inline Partition batch_norm_partition(const Extent& e) {
   const bool channels_last = (e.format == MemoryFormat::channels_last || e.S == 1) && e.C > 1;
   Partition p{};
   if (!channels_last) {
-    if (e.S <= kSmallPlane && e.N >= 4 && e.C > 1) {
+    if (e.S > 0 && e.S <= kSmallPlane && e.N >= 4 && e.C > 1) {
       const int64_t channels = kPanel / e.S;
       p = {Path::columns, e.N, e.C * e.S, e.S, channels * e.S, e.N, divide_up(e.C, channels)};
     } else if (e.C < 32 && e.numel() > kTaskWork) {
@@ -63,13 +63,13 @@ inline Partition batch_norm_partition(const Extent& e) {
   return {Path::split_columns, wide_rows, cols, 1, minimum(cols, kPanel), task_rows, divide_up(wide_rows, task_rows)};
 }
 
-// Bytes of workspace that BatchNorm's partition needs: five arrays of A (parameters of channels or columns), then
+// Bytes of workspace that BatchNorm's partition needs: six arrays of A (parameters of channels or columns), then
 // partial sums in double.
 inline int64_t batch_norm_workspace_bytes(const Extent& e) {
   const Partition p = batch_norm_partition(e);
   switch (p.path) {
-    case Partition::Path::split_planes: return sizeof(double) * (5 * e.C + 3 * p.tasks);
-    case Partition::Path::split_columns: return sizeof(double) * (5 * p.cols + 2 * p.tasks * p.cols);
+    case Partition::Path::split_planes: return sizeof(double) * (6 * e.C + 3 * p.tasks);
+    case Partition::Path::split_columns: return sizeof(double) * (6 * p.cols + 2 * p.tasks * p.cols);
     default: return 0;
   }
 }
@@ -98,7 +98,7 @@ inline GroupPartition group_norm_partition(const Extent& e, int64_t groups) {
   p.task_rows = divide_up(divide_up(e.S, splits), 8) * 8;
   p.splits = divide_up(e.S, p.task_rows);
   p.partials = e.N * p.splits * 2 * e.C;
-  p.arrays = (4 * e.N + 1) * e.C;
+  p.arrays = (5 * e.N + 1) * e.C;
   return p;
 }
 

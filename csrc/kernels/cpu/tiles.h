@@ -21,20 +21,24 @@ inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool is_finite(double value) { return value - value == 0; }
 
-// z = (x - mean) * scale + bias; the gradient dx = dz * scale - (offset + (x - mean) * slope).
+// z = (x - mean) * scale + bias; the gradient dx = dz * scale - outer * (offset + (x - mean) * slope). The factor
+// outer, which offset and slope share, stays outside: slope times it falls below the smallest float where x is about
+// 1e20.
 template <class A>
 struct PlaneParameters {
-  A mean, scale, bias, offset, slope;
+  A mean, scale, bias, outer, offset, slope;
 
   NORMFUSED_INLINE const PlaneParameters& at(int64_t) const { return *this; }
 };
 
 template <class A>
 struct ColumnParameters {
-  A *mean, *scale, *bias, *offset, *slope;
+  A *mean, *scale, *bias, *outer, *offset, *slope;
 
-  NORMFUSED_INLINE PlaneParameters<A> at(int64_t c) const { return {mean[c], scale[c], bias[c], offset[c], slope[c]}; }
-  ColumnParameters from(int64_t c) const { return {mean + c, scale + c, bias + c, offset + c, slope + c}; }
+  NORMFUSED_INLINE PlaneParameters<A> at(int64_t c) const {
+    return {mean[c], scale[c], bias[c], outer[c], offset[c], slope[c]};
+  }
+  ColumnParameters from(int64_t c) const { return {mean + c, scale + c, bias + c, outer + c, offset + c, slope + c}; }
 
   // Sets the parameters of columns [begin, end), step apart.
   void set(int64_t begin, int64_t end, int64_t step, const PlaneParameters<A>& p) const {
@@ -42,6 +46,7 @@ struct ColumnParameters {
       mean[c] = p.mean;
       scale[c] = p.scale;
       bias[c] = p.bias;
+      outer[c] = p.outer;
       offset[c] = p.offset;
       slope[c] = p.slope;
     }
@@ -51,9 +56,9 @@ struct ColumnParameters {
 // Memory for the parameters of a panel.
 template <class A>
 struct PanelParameters {
-  alignas(64) A mean[kPanel], scale[kPanel], bias[kPanel], offset[kPanel], slope[kPanel];
+  alignas(64) A mean[kPanel], scale[kPanel], bias[kPanel], outer[kPanel], offset[kPanel], slope[kPanel];
 
-  ColumnParameters<A> columns() { return {mean, scale, bias, offset, slope}; }
+  ColumnParameters<A> columns() { return {mean, scale, bias, outer, offset, slope}; }
 };
 
 // How many rows of columns share one load of the parameters. More than one pays where the loop does little else; for
@@ -237,7 +242,7 @@ void backward_tile(const T* __restrict x, const T* __restrict dy, const T* __res
   for_each_element<kRowsAtOnce<Act, kResidual, T, P>>(
       rows, cols, stride, p, [=](const PlaneParameters<A>& q, int64_t i) __attribute__((always_inline)) {
         A g = Act::backward(pre_activation<kResidual>(x, residual, i, q), load(dy[i])) * q.scale;
-        if constexpr (kStatistics) g -= q.offset + (load(x[i]) - q.mean) * q.slope;
+        if constexpr (kStatistics) g -= q.outer * (q.offset + (load(x[i]) - q.mean) * q.slope);
         dx[i] = store<T>(g);
       });
 }

@@ -1,0 +1,316 @@
+"""Errors against float64 on the rounded inputs: never much larger than those of PyTorch's own operators.
+
+Forward: at most twice native's largest error, and one ulp. Gradients and statistics: three times, and a floor of a few
+ulps of what was summed. The first tests check the reference itself.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    ACTIVATIONS,
+    activate,
+    assert_same,
+    away_from_kinks,
+    in_layout,
+    names,
+    native_batch_norm_act,
+    randn,
+    training_or_eval,
+)
+
+from normfused import reference
+from normfused.functional import batch_norm_act, group_norm_act
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHANNELS = (1, 2, 3, 5, 7, 31, 33, 64, 65, 129)
+SPATIAL = {
+    1: ((), (1,), (1, 1), (1, 1, 1)),
+    2: ((2,), (2, 1), (1, 2, 1)),
+    3: ((3,), (1, 3), (3, 1, 1)),
+    7: ((7,), (7, 1), (1, 1, 7)),
+    49: ((49,), (7, 7), (7, 1, 7)),
+    1023: ((1023,), (31, 33), (11, 3, 31)),
+    1025: ((1025,), (25, 41), (5, 41, 5)),
+}
+EPS, MOMENTUM = 1e-5, 0.1
+
+
+def _cases():
+    """Every C with every S; N, dimensions, layout, activation, residual and mode take turns."""
+    cases = []
+    for i, channels in enumerate(CHANNELS):
+        for j, shapes in enumerate(SPATIAL.values()):
+            turn = i * len(SPATIAL) + j
+            shape = (2 + turn % 8, channels, *shapes[(i + j) % len(shapes)])
+            layout = "channels_last" if len(shape) >= 4 and turn % 3 else "contiguous"
+            cases.append((shape, layout, ACTIVATIONS[turn % len(ACTIVATIONS)], turn % 5 == 0, turn % 4 != 3))
+    return cases
+
+
+def double(*tensors):
+    return [None if t is None else t.detach().double() for t in tensors]
+
+
+def error(actual, exact):
+    """|actual - exact|: 0 where actual is exact rounded (inf and NaN too), inf where it is NaN and should not be."""
+    rounded = exact.to(actual.dtype)
+    right = (actual == rounded) | (actual.isnan() & rounded.isnan())
+    difference = (actual.double() - exact).abs().nan_to_num(math.inf, math.inf)
+    return torch.where(right & ~rounded.isfinite(), 0.0, difference)
+
+
+def largest(t):
+    return t.max().item() if t.numel() else 0.0
+
+
+def check_forward(actual, native, exact, terms):
+    """``terms``: the sum of the absolute values that z is the sum of; the ulp is one of theirs.
+
+    The mean is one of them: it is kept in float32.
+    """
+    ulp = torch.finfo(actual.dtype).eps * (terms + exact.abs()) + torch.finfo(actual.dtype).tiny
+    theirs = largest(error(native.detach(), exact))
+    excess = 0 if theirs == math.inf else largest(error(actual.detach(), exact) - 2 * theirs - ulp)
+    assert excess <= 0, f"y: {excess} too much; native is off by {theirs}"
+
+
+def sum_of_terms(z, mean, weight, bias, residual):
+    """|x_hat * weight| + |mean / sigma * weight| + |bias| + |residual|, given z and mean / sigma."""
+    added = torch.zeros_like(z) if bias is None else reference._per_channel(bias, z).expand(z.shape)
+    residual = torch.zeros_like(z) if residual is None else residual
+    weight = 1 if weight is None else reference._per_channel(weight, z)
+    return (z - added - residual).abs() + (mean * weight).abs() + added.abs() + residual.abs()
+
+
+def check_sums(actual, native, exact, scale, what):
+    """``scale``: the size of what was added up to get ``exact``, whose rounding no algorithm escapes."""
+    ours, theirs = largest(error(actual.detach(), exact)), largest(error(native.detach(), exact))
+    floor = 8 * torch.finfo(actual.dtype).eps * max(largest(exact.abs().nan_to_num(0, 0, 0)), scale)
+    assert ours <= 3 * theirs + floor, f"{what}: {ours}, native {theirs}, floor {floor}"
+
+
+def upstream(exact_z, native_z, activation):
+    """A gradient for y, 0 where the error of z may decide on which side of a kink it is."""
+    distance = 12 * torch.finfo(native_z.dtype).eps + 3 * largest(error(native_z.detach(), exact_z))
+    keep = away_from_kinks(exact_z, activation, distance)
+    return randn(*exact_z.shape, dtype=native_z.dtype, seed=9).masked_fill(~keep, 0), keep
+
+
+def check_batch_norm(x, weight, bias, residual, activation, training):
+    channels = x.shape[1]
+    dtype = torch.float32 if weight is None else weight.dtype
+    start = SimpleNamespace(
+        mean=randn(channels, dtype=dtype, seed=7), var=randn(channels, dtype=dtype, seed=8).abs() + 0.5
+    )
+    ours = SimpleNamespace(mean=start.mean.clone(), var=start.var.clone())
+    native = SimpleNamespace(mean=start.mean.clone(), var=start.var.clone())
+    wanted = [t for t in (x, weight, bias, residual) if t is not None]
+
+    y = batch_norm_act(
+        x,
+        ours.mean,
+        ours.var,
+        weight,
+        bias,
+        training,
+        MOMENTUM,
+        EPS,
+        activation=activation,
+        residual=residual,
+    )
+    native_z = native_batch_norm_act(x, native.mean, native.var, weight, bias, training, MOMENTUM, EPS, None, residual)
+    native_y = activate(native_z, activation)
+
+    x64, weight64, bias64, residual64, mean, var = double(x, weight, bias, residual, start.mean, start.var)
+    running = reference.running_statistics(x64, mean, var, MOMENTUM) if training else (mean, var)
+    if training:
+        mean, var = reference.batch_statistics(x64)
+    z64 = reference.batch_norm_act(x64, weight64, bias64, residual64, mean, var, EPS, None)
+    terms = sum_of_terms(z64, reference._per_channel(mean / (var + EPS).sqrt(), z64), weight64, bias64, residual64)
+    check_forward(y, native_y, reference.FORWARD[activation](z64), terms)
+    check_sums(ours.mean, native.mean, running[0], largest(x64.abs()) if training else 0, "running_mean")
+    check_sums(ours.var, native.var, running[1], 0, "running_var")
+
+    dy, keep = upstream(z64, native_z, activation)
+    arguments = dy.double(), x64, weight64, bias64, residual64, mean, (var + EPS).rsqrt()
+    exact = reference.batch_norm_act_backward(*arguments, training, EPS, activation)
+    dz_scaled, *_, dz = reference.batch_norm_act_backward(*arguments, False, EPS, activation)
+    x_hat = reference.batch_norm_act(x64, None, None, None, mean, var, EPS, None)
+    if training and (native_z == 0).all():
+        # Native's variance overflowed, so that its error says nothing; ours is that of the mean's rounding to float32.
+        dz_scaled = dz_scaled * reference._per_channel(1 + (mean / (var + EPS).sqrt()).abs(), dz_scaled)
+    scales = (
+        largest(dz_scaled.abs()),
+        largest(reference._channel_sum((dz * x_hat).square()).sqrt()),
+        largest(reference._channel_sum(dz.square()).sqrt()),
+        0,
+    )
+    compare_gradients(y, native_y, wanted, dy, (x, weight, bias, residual), exact, scales)
+    return keep
+
+
+def check_group_norm(x, groups, weight, bias, activation):
+    wanted = [t for t in (x, weight, bias) if t is not None]
+    y = group_norm_act(x, groups, weight, bias, EPS, activation=activation)
+    native_z = F.group_norm(x, groups, weight, bias, EPS)
+    native_y = activate(native_z, activation)
+    x64, weight64, bias64 = double(x, weight, bias)
+    z64 = reference.group_norm_act(x64, groups, weight64, bias64, EPS, None)
+    mean, var = reference.group_statistics(x64, groups)
+    rstd = (var + EPS).rsqrt()
+    terms = sum_of_terms(z64, reference._per_group(mean * rstd, x64), weight64, bias64, None)
+    check_forward(y, native_y, reference.FORWARD[activation](z64), terms)
+
+    dy, keep = upstream(z64, native_z, activation)
+    exact = reference.group_norm_act_backward(dy.double(), x64, weight64, bias64, groups, EPS, activation)
+    dz = reference.BACKWARD[activation](z64, dy.double())
+    x_hat = reference.group_norm_act(x64, groups, None, None, EPS, None)
+    weighted = dz if weight is None else dz * reference._per_channel(weight64, dz)
+    scales = (
+        largest((weighted * reference._per_group(rstd, x64)).abs()),
+        largest(reference._channel_sum((dz * x_hat).square()).sqrt()),
+        largest(reference._channel_sum(dz.square()).sqrt()),
+    )
+    compare_gradients(y, native_y, wanted, dy, (x, weight, bias), exact, scales)
+    return keep
+
+
+def compare_gradients(y, native_y, wanted, dy, arguments, exact, scales):
+    grads = iter(torch.autograd.grad(y, wanted, dy))
+    native_grads = iter(torch.autograd.grad(native_y, wanted, dy))
+    for what, t, exact_grad, scale in zip(
+        ("dx", "dweight", "dbias", "dresidual"), arguments, exact, scales, strict=False
+    ):
+        if t is not None:
+            check_sums(next(grads), next(native_grads), exact_grad, scale, what)
+
+
+def operands(shape, layout, dtype, turn, x=None):
+    """x in its layout, and weight and bias in float32 or in the dtype of x, by turns; some are missing."""
+    parameter_dtype = torch.float32 if turn % 2 else dtype
+    x = randn(*shape, seed=turn) if x is None else x
+    weight = None if turn % 7 == 5 else randn(shape[1], dtype=parameter_dtype, seed=turn + 1).requires_grad_()
+    bias = None if turn % 7 == 5 else randn(shape[1], dtype=parameter_dtype, seed=turn + 2).requires_grad_()
+    return in_layout(x.to(dtype), layout).requires_grad_(), weight, bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_batch_norm(backend, dtype, channels):
+    for turn, (shape, layout, activation, has_residual, training) in enumerate(_cases()):
+        if shape[1] == channels:
+            x, weight, bias = operands(shape, layout, dtype, turn)
+            residual = randn(*shape, dtype=dtype, seed=turn + 3) if has_residual else None
+            residual = residual if residual is None else in_layout(residual, layout).requires_grad_()
+            keep = check_batch_norm(x, weight, bias, residual, activation, training)
+            assert keep.double().mean() > 0.5, "too much is left out for a comparison"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_group_norm(backend, dtype, channels):
+    for turn, (shape, layout, activation, _, _) in enumerate(_cases()):
+        if shape[1] == channels:
+            divisors = [g for g in range(1, channels + 1) if channels % g == 0]
+            groups = divisors[turn % len(divisors)]
+            x, weight, bias = operands(shape, layout, dtype, turn)
+            keep = check_group_norm(x, groups, weight, bias, activation)
+            assert keep.double().mean() > 0.5, "too much is left out for a comparison"
+
+
+def hard_input(kind, shape):
+    """Inputs on which a careless variance fails."""
+    x = randn(*shape, seed=3)
+    if kind == "outlier":
+        x[0, 0].view(-1)[0] = 1e4
+        return x
+    if kind.startswith("constant"):
+        return torch.full(shape, float(kind.split()[1]))
+    if kind.startswith("mean/sigma"):
+        return x + float(kind.split()[1])
+    if kind == "small sigma":
+        return 100 + 0.01 * x
+    return x * float(kind.split()[1])
+
+
+HARD = (
+    *("constant 0", "constant 1", "constant 3.14", "constant 100.1", "constant 30000"),
+    *("mean/sigma 1e2", "mean/sigma 1e4", "mean/sigma 1e6", "small sigma"),
+    *("scale 1e30", "scale 1e18", "scale 1e-6", "scale 1e-20", "outlier"),
+)
+
+
+HARD_CASES = [(kind, dtype) for kind in HARD for dtype in DTYPES if hard_input(kind, (2, 2)).to(dtype).isfinite().all()]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), HARD_CASES, ids=names)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 6, 7, 9), (3, 34, 33, 31), (2, 300, 1, 1)], ids=names)
+def test_hard_inputs(backend, kind, dtype, layout, shape):
+    x = hard_input(kind, shape)
+    for turn, activation in enumerate((None, "relu6", "silu")):
+        operand = operands(shape, layout, dtype, turn, x)
+        check_batch_norm(*operand, None, activation, True)
+        check_group_norm(operand[0], 2, *operand[1:], activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=names)
+def test_sums_of_squares_do_not_overflow(backend, dtype):
+    """#126525: in float16 the sum of a large plane's squares is inf."""
+    x = randn(4, 8, 100, 100, dtype=dtype) * 200
+    check_batch_norm(x.requires_grad_(), None, None, None, "relu6", True)
+    check_group_norm(x, 2, None, None, "relu6")
+
+
+# The reference itself, against PyTorch's operators in float64
+
+
+@training_or_eval
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_batch_norm_reference(training, activation, affine):
+    values = [randn(4, 6, 5, 3, dtype=torch.float64, seed=seed).requires_grad_() for seed in (0, 1)]
+    weight, bias = (randn(6, dtype=torch.float64, seed=s).requires_grad_() if affine else None for s in (2, 3))
+    mean, var = randn(6, dtype=torch.float64, seed=4), randn(6, dtype=torch.float64, seed=5).abs() + 0.5
+    state = mean.clone(), var.clone()
+    y = native_batch_norm_act(values[0], *state, weight, bias, training, MOMENTUM, EPS, activation, values[1])
+    if training:
+        for actual, native in zip(reference.running_statistics(values[0], mean, var, MOMENTUM), state, strict=True):
+            assert_same(actual.detach(), native, "running statistics")
+        mean, var = reference.batch_statistics(values[0])
+    actual = reference.batch_norm_act(values[0], weight, bias, values[1], mean, var, EPS, activation)
+    assert_same(actual, y, "y")
+    dy = randn(4, 6, 5, 3, dtype=torch.float64, seed=6)
+    wanted = [t for t in (values[0], weight, bias, values[1]) if t is not None]
+    native_grads = torch.autograd.grad(y, wanted, dy)
+    assert_same_list(torch.autograd.grad(actual, wanted, dy), native_grads)
+    grads = reference.batch_norm_act_backward(
+        dy, values[0], weight, bias, values[1], mean, (var + EPS).rsqrt(), training, EPS, activation
+    )
+    assert_same_list([g for g, t in zip(grads, (1, weight, bias, 1), strict=True) if t is not None], native_grads)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_the_group_norm_reference(activation, groups):
+    x, weight, bias = (
+        randn(*shape, dtype=torch.float64, seed=seed).requires_grad_()
+        for seed, shape in enumerate(((4, 6, 5, 3), (6,), (6,)))
+    )
+    dy = randn(4, 6, 5, 3, dtype=torch.float64, seed=6)
+    y = activate(F.group_norm(x, groups, weight, bias, EPS), activation)
+    actual = reference.group_norm_act(x, groups, weight, bias, EPS, activation)
+    assert_same(actual, y, "y")
+    native_grads = torch.autograd.grad(y, (x, weight, bias), dy)
+    assert_same_list(torch.autograd.grad(actual, (x, weight, bias), dy), native_grads)
+    grads = reference.group_norm_act_backward(dy, x, weight, bias, groups, EPS, activation)
+    assert_same_list(grads, native_grads)
+
+
+def assert_same_list(actual, native):
+    for pair in zip(actual, native, strict=True):
+        assert_same(*pair, "gradient", formats=False)
