@@ -2,6 +2,10 @@
 
 The backward recomputes the pre-activation z from x, so the output is never saved. Under ``create_graph=True`` the
 gradient is the differentiable formula of reference.py instead of the operator.
+
+What needs no gradient comes in one tuple: autograd's bookkeeping costs time for every argument. batch_norm_act_eager and group_norm_act_eager leave out
+the Python half of Function.apply, which serves torch.func (whose transforms functional.py sends elsewhere); torch.compile
+knows Function.apply only.
 """
 
 import torch
@@ -13,53 +17,30 @@ class BatchNormActFunction(torch.autograd.Function):
     """``y = activation(batch_norm(x) + residual)``; updates the running statistics it is given."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        weight,
-        bias,
-        residual,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-        activation,
-    ):
-        y, mean, invstd = ops.batch_norm_act(
-            x,
-            weight,
-            bias,
-            residual,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            activation,
-            None,
-        )
+    def forward(ctx, x, weight, bias, residual, options):
+        """``options``: (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)."""
+        y, mean, invstd = ops.batch_norm_act(x, weight, bias, residual, *options, None)
+        ctx.options = options[3:]
         # Without an activation the gradient does not depend on z, hence not on bias and residual.
-        if activation is None:
+        if options[6] is None:
             bias = residual = None
-        ctx.save_for_backward(x, weight, bias, residual, mean, invstd)
-        ctx.training = training
-        ctx.eps = eps
-        ctx.activation = activation
+        ctx.save_for_backward(x, weight, bias, residual)
+        # Nobody else holds these, so that nothing can change them: no need for autograd's guard.
+        ctx.statistics = mean, invstd
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, residual, mean, invstd = ctx.saved_tensors
-        need_dx, need_dweight, need_dbias, need_dresidual, *_ = ctx.needs_input_grad
+        x, weight, bias, residual = ctx.saved_tensors
+        mean, invstd = ctx.statistics
+        training, _, eps, activation = ctx.options
+        need_dx, need_dweight, need_dbias, need_dresidual, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            grads = reference.batch_norm_act_backward(
-                dy, x, weight, bias, residual, mean, invstd, ctx.training, ctx.eps, ctx.activation
+            dx, dweight, dbias, dresidual = reference.batch_norm_act_backward(
+                dy, x, weight, bias, residual, mean, invstd, training, eps, activation
             )
         else:
-            grads = ops.batch_norm_act_backward(
+            dx, dweight, dbias, dresidual = ops.batch_norm_act_backward(
                 dy,
                 x,
                 weight,
@@ -67,21 +48,22 @@ class BatchNormActFunction(torch.autograd.Function):
                 residual,
                 mean,
                 invstd,
-                ctx.training,
-                ctx.activation,
+                training,
+                activation,
                 None,
                 need_dx,
                 need_dweight,
                 need_dbias,
-                need_dresidual and ctx.activation is not None,
+                need_dresidual and activation is not None,
             )
-        dx, dweight, dbias, dresidual = grads
+        if need_dresidual and activation is None:
+            dresidual = dy
         return (
             dx if need_dx else None,
             dweight if need_dweight else None,
             dbias if need_dbias else None,
-            (dy if ctx.activation is None else dresidual) if need_dresidual else None,
-            *(None,) * 7,
+            dresidual if need_dresidual else None,
+            None,
         )
 
 
@@ -89,40 +71,26 @@ class GroupNormActFunction(torch.autograd.Function):
     """``y = activation(group_norm(x))``."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, num_groups, eps, activation):
-        y, mean, rstd = ops.group_norm_act(x, weight, bias, num_groups, eps, activation)
-        ctx.save_for_backward(x, weight, None if activation is None else bias, mean, rstd)
-        ctx.num_groups = num_groups
-        ctx.eps = eps
-        ctx.activation = activation
+    def forward(ctx, x, weight, bias, options):
+        """``options``: (num_groups, eps, activation)."""
+        y, mean, rstd = ops.group_norm_act(x, weight, bias, *options)
+        ctx.options = options
+        ctx.save_for_backward(x, weight, None if options[2] is None else bias, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        num_groups, eps, activation = ctx.options
+        need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            grads = reference.group_norm_act_backward(dy, x, weight, bias, ctx.num_groups, ctx.eps, ctx.activation)
+            dx, dweight, dbias = reference.group_norm_act_backward(dy, x, weight, bias, num_groups, eps, activation)
         else:
-            grads = ops.group_norm_act_backward(
-                dy,
-                x,
-                weight,
-                bias,
-                mean,
-                rstd,
-                ctx.num_groups,
-                ctx.activation,
-                need_dx,
-                need_dweight,
-                need_dbias,
+            dx, dweight, dbias = ops.group_norm_act_backward(
+                dy, x, weight, bias, mean, rstd, num_groups, activation, need_dx, need_dweight, need_dbias
             )
-        dx, dweight, dbias = grads
-        return (
-            dx if need_dx else None,
-            dweight if need_dweight else None,
-            dbias if need_dbias else None,
-            None,
-            None,
-            None,
-        )
+        return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None
+
+
+batch_norm_act_eager = super(torch.autograd.Function, BatchNormActFunction).apply
+group_norm_act_eager = super(torch.autograd.Function, GroupNormActFunction).apply

@@ -4,7 +4,12 @@ import torch
 from torch.autograd import forward_ad
 
 from . import backends, native, ops
-from .autograd import BatchNormActFunction, GroupNormActFunction
+from .autograd import (
+    BatchNormActFunction,
+    GroupNormActFunction,
+    batch_norm_act_eager,
+    group_norm_act_eager,
+)
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
@@ -88,26 +93,30 @@ def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activ
         NotImplementedError: integer, boolean or complex ``input``.
         RuntimeError: sizes or dtypes of the other arguments do not fit.
     """
-    if activation is not None and activation not in native.ACTIVATIONS:
-        raise _unknown_activation("activation", activation)
     if input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
         input = input.float()
-    if input.dtype not in _DTYPES:
-        raise _unsupported_dtype("group_norm_act", input)
-    if _is_transformed() or backends.choose(input) == "torch":
+    by_torch = _is_transformed() or backends.choose(input) == "torch"
+    compiling = torch.compiler.is_compiling()
+    if by_torch or compiling or input.is_meta:
+        _raise(_group_norm_error(input, num_groups, activation))
+    if by_torch:
         return native.group_norm_act(input, num_groups, weight, bias, eps, activation)
-    if input.dim() >= 2 and num_groups > 0 and input.numel() == input.shape[0] * num_groups == num_groups:
-        raise ValueError(
-            "group_norm_act: expected more than 1 value per group, "
-            f"got input of shape {tuple(input.shape)} with num_groups {num_groups}"
-        )
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    ):
-        return GroupNormActFunction.apply(input, weight, bias, num_groups, eps, activation)
-    return ops.group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
+    try:
+        if not (
+            torch.is_grad_enabled()
+            and (
+                input.requires_grad
+                or (weight is not None and weight.requires_grad)
+                or (bias is not None and bias.requires_grad)
+            )
+        ):
+            return ops.group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
+        apply = GroupNormActFunction.apply if compiling else group_norm_act_eager
+        return apply(input, weight, bias, (num_groups, eps, activation))
+    except RuntimeError:
+        # The operator found something wrong: say it with the type of exception that PyTorch has for it.
+        _raise(_group_norm_error(input, num_groups, activation))
+        raise
 
 
 def _batch_norm_act(
@@ -125,14 +134,17 @@ def _batch_norm_act(
     pre_activation,
 ):
     """batch_norm_act that also keeps ``num_batches_tracked``; momentum=None then averages cumulatively."""
-    error = _batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, pre_activation)
-    if error is not None:
-        # torch.nn.BatchNorm counts the batch before it finds anything wrong with it.
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        raise error
     # PyTorch takes a one-dimensional input if it is empty.
-    if _is_transformed() or backends.choose(input) == "torch" or input.dim() < 2:
+    by_torch = _is_transformed() or backends.choose(input) == "torch" or input.dim() < 2
+    compiling = torch.compiler.is_compiling()
+    if by_torch or compiling or pre_activation is not None or input.is_meta:
+        error = _batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, pre_activation)
+        if error is not None:
+            # torch.nn.BatchNorm counts the batch before it finds anything wrong with it; so does our operator.
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+            raise error
+    if by_torch:
         return native.batch_norm_act(
             input,
             running_mean,
@@ -149,39 +161,24 @@ def _batch_norm_act(
         )
     if pre_activation is not None:
         input = native.activate(input, pre_activation)
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        return BatchNormActFunction.apply(
-            input,
-            weight,
-            bias,
-            residual,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            activation,
-        )
-    return ops.batch_norm_act(
-        input,
-        weight,
-        bias,
-        residual,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-        activation,
-        None,
-    )[0]
+    options = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)
+    try:
+        if not (
+            torch.is_grad_enabled()
+            and (
+                input.requires_grad
+                or (weight is not None and weight.requires_grad)
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+            )
+        ):
+            return ops.batch_norm_act(input, weight, bias, residual, *options, None)[0]
+        apply = BatchNormActFunction.apply if compiling else batch_norm_act_eager
+        return apply(input, weight, bias, residual, options)
+    except RuntimeError:
+        # The operator found something wrong: say it with the type of exception that PyTorch has for it.
+        _raise(_batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, None))
+        raise
 
 
 def _is_transformed():
@@ -216,6 +213,25 @@ def _batch_norm_error(input, running_mean, running_var, training, eps, activatio
             f"input of shape {tuple(input.shape)}"
         )
     return None
+
+
+def _group_norm_error(input, num_groups, activation):
+    """The same for group_norm_act."""
+    if activation is not None and activation not in native.ACTIVATIONS:
+        return _unknown_activation("activation", activation)
+    if input.dtype not in _DTYPES:
+        return _unsupported_dtype("group_norm_act", input)
+    if input.dim() >= 2 and num_groups > 0 and input.numel() == input.shape[0] * num_groups == num_groups:
+        return ValueError(
+            "group_norm_act: expected more than 1 value per group, "
+            f"got input of shape {tuple(input.shape)} with num_groups {num_groups}"
+        )
+    return None
+
+
+def _raise(error):
+    if error is not None:
+        raise error from None
 
 
 def _unknown_activation(argument, name):

@@ -29,6 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(Tensor x, OptionalTensor weigh
   const Activation act = parse_activation(op, "activation", activation);
   const Input input(op, "x", x, Ambiguous::by_strides);
   check_groups(op, num_groups, input);
+  check(input.extent.N != 1 || input.extent.numel() != num_groups, op,
+        "expected more than 1 value per group, got x of shape ", shape_of(x), " with num_groups ", num_groups);
   const ChannelArray weights(op, "weight", weight, input), biases(op, "bias", bias, input);
 
   Tensor y = input.empty_like();
