@@ -30,18 +30,22 @@ def choose(tensor) -> str:
                 f"{_why_not_extension(tensor.device.type)}"
             )
         return _override
-    device_type = tensor.device.type
+    return _decision(tensor.device.type)
+
+
+# A constant to torch.compile, which could neither trace the warning nor guard on the dictionary that it is kept in.
+@torch.compiler.assume_constant_result
+def _decision(device_type):
     return _decided.get(device_type) or _decide(device_type)
 
 
-@torch.compiler.assume_constant_result
 def _decide(device_type):
     why_not = _why_not_extension(device_type)
     _decided[device_type] = "extension" if why_not is None else "torch"
     if why_not is not None and device_type != "meta":
         warnings.warn(
             f"normfused: tensors on {device_type} are served by PyTorch's own operators, at their speed: {why_not}",
-            stacklevel=4,
+            stacklevel=5,
         )
     return _decided[device_type]
 

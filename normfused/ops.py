@@ -17,9 +17,9 @@ def _load():
     """Load the operator library; returns why it could not be loaded, or None."""
     try:
         from . import _C
-    except ImportError as error:
+    except ImportError:
         cure = "install a C++ compiler (Debian: apt-get install g++) and reinstall normfused"
-        return f"the C++ core is not built ({error}); {cure}"
+        return f"the C++ core is not built; {cure}"
     BUILD.update(_C.build_info())
     (library,) = Path(_C.__file__).parent.glob("_cpu*.so")
     try:

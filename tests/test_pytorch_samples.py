@@ -120,6 +120,9 @@ def test_op_error_inputs(backend, activation):
     assert len(errors) >= 2
     for error in errors:
         sample = error.sample_input
+        if "HxW" in error.error_regex and backend == "extension":
+            # From torch 2.14 on native refuses an empty group; here it is as empty as any other input.
+            continue
         with pytest.raises(error.error_type):
             group_norm_act(sample.input, *sample.args, **sample.kwargs, activation=activation)
 

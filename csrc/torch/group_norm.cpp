@@ -7,6 +7,7 @@ namespace {
 
 void check_groups(const char* op, int64_t num_groups, const Input& input) {
   check(num_groups > 0, op, "num_groups must be positive, got ", num_groups);
+  check(input.extent.C > 0, op, "x must have at least one channel, got shape ", shape_of(input.tensor));
   check(input.extent.C % num_groups == 0, op, "num_groups must divide the channels of x, got ", num_groups,
         " for x of shape ", shape_of(input.tensor));
 }

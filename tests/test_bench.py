@@ -1,0 +1,310 @@
+"""python -m bench: what it writes, what it counts, and what the demo accepts."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+import torch
+
+from bench import cases, check, memory, ops, providers, report, timing, training
+from bench.__main__ import main
+
+MIB = 1 << 20
+
+
+def run_ops(folder, *arguments):
+    """Run ``python -m bench ops`` on small cases; returns (exit status, content of ops.json)."""
+    status = main(["ops", "--seconds", "0.05", "--out", str(folder), *arguments])
+    return status, json.loads((folder / "ops.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ops")
+    shapes = ("--batch", "2", "--shape", "8,6", "5,7", "--providers", "eager", "normfused")
+    return folder, *run_ops(folder, *shapes)
+
+
+def test_every_case_is_measured_in_every_layout_dtype_and_mode(small_run):
+    _, status, content = small_run
+    assert status == 0
+    ours = [row for row in content["rows"] if row["provider"] == "normfused"]
+    assert [row["failure"] for row in content["rows"]] == [None] * len(content["rows"])
+    keys = {(row["c"], row["h"], row["layout"], row["dtype"], row["mode"]) for row in ours}
+    assert len(ours) == len(keys) == 2 * 2 * 2 * 2
+    assert {row["provider"] for row in content["rows"]} == {"eager", "normfused", "copy_fresh", "copy_mapped"}
+
+
+def test_ratios_bandwidths_and_copies_follow_from_the_medians(small_run):
+    _, _, content = small_run
+    for found in report.by_case(content["rows"]).values():
+        ours, eager, mapped = found["normfused"], found["eager"], found["copy_mapped"]
+        assert ours["ratio"] == {"eager": pytest.approx(eager["median_s"] / ours["median_s"])}
+        assert eager["ratio"] == {"normfused": pytest.approx(ours["median_s"] / eager["median_s"])}
+        assert ours["copies"] == pytest.approx(ours["median_s"] / mapped["median_s"])
+        assert ours["gb_per_s"] == pytest.approx(ours["floor_bytes"] / ours["median_s"] / 1e9)
+        assert ours["q25_s"] <= ours["median_s"] <= ours["q75_s"]
+        assert ours["rounds"] >= 5
+
+
+def test_geometric_means_and_losing_rows_follow_from_the_ratios(small_run):
+    _, _, content = small_run
+    ours = [row for row in content["rows"] if row["provider"] == "normfused"]
+    for mean in content["geometric_means"]:
+        same = ("layout", "dtype", "mode")
+        ratios = [row["ratio"]["eager"] for row in ours if all(row[name] == mean[name] for name in same)]
+        assert mean["cases"] == len(ratios) == 2
+        assert mean["eager"] == pytest.approx(math.sqrt(ratios[0] * ratios[1]))
+        assert mean["compile"] is None
+    assert len(content["losing"]) == sum(row["ratio"]["eager"] < 1 for row in ours)
+
+
+def test_the_three_files_say_the_same(small_run):
+    folder, _, content = small_run
+    lines = list(csv.DictReader(io.StringIO((folder / "ops.csv").read_text())))
+    assert [float(line["median_s"]) for line in lines] == [row["median_s"] for row in content["rows"]]
+    assert [line["provider"] for line in lines] == [row["provider"] for row in content["rows"]]
+    page = (folder / "ops.md").read_text()
+    assert f"{len(content['losing'])} of 16" in page
+    assert content["environment"]["command"] in page
+    assert content["environment"]["torch"] == torch.__version__
+
+
+def test_the_better_peer_decides_what_is_lost():
+    case = cases.Case("batch_norm", (1, 1, 2, 2), "float32", "contiguous")
+    seconds = {"eager": 3.0, "compile": 1.0, "normfused": 2.0}
+    timings = {name: timing.summarise([value]) for name, value in seconds.items()}
+    rows = ops.make_rows(case, "forward", timings, {})
+    (lost,) = report.losing(rows)
+    assert lost[:2] == (0.5, "compile")
+    (mean,) = report.geometric_means(rows)
+    assert (mean["eager"], mean["compile"]) == (pytest.approx(1.5), pytest.approx(0.5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ops", "--shape", "96"], "expected C,HW"),
+        (["ops", "--shape", "0,7"], "expected C,HW"),
+        (["ops", "--batch", "-1"], "expected a positive number"),
+        (["ops", "--seconds", "nan"], "expected a positive number"),
+        (["ops", "--providers", "cudnn"], "invalid choice: 'cudnn'"),
+        (["ops", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["ops", "--family", "tiny", "--shape", "8,8"], "--shape needs --family batch_norm or group_norm"),
+        (["ops", "--family", "tiny", "--batch", "8"], "--batch does not apply to the tiny family"),
+        (["ops", "--family", "tiny", "--mode", "forward"], "no case is left"),
+        (["ops", "--family", "group_norm", "--shape", "48,8"], "48 channels do not divide into 32 groups"),
+        (["demo", "--steps", "0"], "expected a positive number"),
+        ([], "the following arguments are required: command"),
+    ],
+)
+def test_wrong_arguments_end_with_a_message(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_provider_that_raises_becomes_a_row(tmp_path, monkeypatch):
+    def broken(case):
+        raise OSError("no such device")
+
+    monkeypatch.setitem(providers.PROVIDERS, "compile", broken)
+    status, content = run_ops(tmp_path, "--shape", "4,3", "--batch", "2", "--dtype", "float32", "--mode", "forward")
+    assert status == 0
+    failed = [row for row in content["rows"] if row["failure"]]
+    assert [(row["provider"], row["failure"]) for row in failed] == [("compile", "OSError: no such device")] * 2
+    assert "OSError: no such device" in (tmp_path / "ops.md").read_text()
+    assert sum(row["provider"] == "normfused" and row["median_s"] > 0 for row in content["rows"]) == 2
+
+
+def test_a_provider_with_wrong_numbers_becomes_a_row(tmp_path, monkeypatch):
+    def wrong(case):
+        layer, parameters = providers.eager(case)
+        return (lambda x: layer(x) * 1.01), parameters
+
+    monkeypatch.setitem(providers.PROVIDERS, "compile", wrong)
+    _, content = run_ops(tmp_path, "--shape", "4,3", "--batch", "2", "--dtype", "float32", "--mode", "forward")
+    failures = [row["failure"] for row in content["rows"] if row["provider"] == "compile"]
+    assert len(failures) == 2
+    assert all("y: " in failure and "elements wrong" in failure for failure in failures)
+
+
+def test_interruption_keeps_what_was_measured(tmp_path, monkeypatch):
+    measure = ops.measure
+
+    def interrupted(case, *rest):
+        if case.shape[1] == 5:
+            raise KeyboardInterrupt
+        yield from measure(case, *rest)
+
+    monkeypatch.setattr(ops, "measure", interrupted)
+    small = ("--batch", "2", "--dtype", "float32", "--layout", "contiguous", "--providers", "eager", "normfused")
+    status, content = run_ops(tmp_path, "--shape", "4,3", "5,3", *small)
+    assert status == 130
+    assert {row["c"] for row in content["rows"]} == {4}
+    assert "Interrupted" in (tmp_path / "ops.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "index", "where"), [("y", 0, 5), ("dx", 1, 7), ("dweight", 2, 1), ("dbias", 3, 2)])
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("value", [1e3, math.nan])
+def test_the_check_finds_one_wrong_element(name, index, where, groups, value):
+    case = cases.Case("group_norm" if groups else "batch_norm", (2, 4, 5, 5), "float32", "channels_last", groups)
+    x, dy = cases.inputs(case)
+    layer, parameters = providers.eager(case)
+    y = layer(x)
+    result = [y.detach().clone(), *torch.autograd.grad(y, (x, *parameters), dy)]
+    assert check.check(case, x, dy, parameters, {"eager": result}) == {"eager": None}
+    flat = result[index].permute(0, 2, 3, 1).reshape(-1) if result[index].dim() == 4 else result[index]
+    flat[where] = value
+    assert check.check(case, x, dy, parameters, {"eager": result})["eager"].startswith(f"{name}: 1 of ")
+
+
+def test_floor_bytes():
+    case = cases.Case("batch_norm", (32, 96, 112, 112), "float32", "contiguous")
+    assert case.bytes == 154_140_672
+    assert case.floor_bytes("forward") == 2 * case.bytes
+    assert case.floor_bytes("forward+backward") == 5 * case.bytes
+    half = cases.Case("batch_norm", (32, 96, 112, 112), "bfloat16", "contiguous")
+    assert 2 * half.bytes == case.bytes
+
+
+def test_cases_cover_the_table():
+    assert len(cases.select(["batch_norm"])) == 12 * 2 * 2
+    assert len(cases.select(["group_norm"])) == 3 * 2
+    assert [case.form for case in cases.select(["tiny"])] == ["functional", "module"]
+    assert len(set(cases.select())) == 48 + 6 + 2
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_inputs_have_the_case_layout(layout):
+    x, dy = cases.inputs(cases.Case("batch_norm", (2, 3, 4, 5), "bfloat16", layout))
+    for tensor in (x, dy):
+        assert tensor.dtype == torch.bfloat16
+        expected = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        assert tensor.is_contiguous(memory_format=expected)
+    assert x.requires_grad
+    assert not dy.requires_grad
+
+
+def test_interleaved_timing_with_a_known_clock():
+    now = 0.0
+
+    def takes(seconds):
+        def function():
+            nonlocal now
+            now += seconds
+
+        return function
+
+    functions = {"slow": takes(0.5), "fast": takes(1e-4), "broken": lambda: 1 / 0}
+    timings, failures = timing.interleave(functions, 3.0, clock=lambda: now)
+    assert timings["slow"].median == pytest.approx(0.5)
+    assert timings["fast"].median == pytest.approx(1e-4)
+    assert timings["slow"].repeats == 1
+    assert timings["fast"].repeats >= 20
+    assert timings["slow"].rounds == timings["fast"].rounds == 6
+    assert failures == {"broken": "ZeroDivisionError: division by zero"}
+
+
+def test_quartiles():
+    assert timing.summarise([5.0, 1.0, 2.0, 4.0, 3.0]) == timing.Timing(3.0, 2.0, 4.0, 5, 1)
+    assert timing.summarise([1.0, 3.0, 2.0]).iqr == 1.0
+
+
+def test_peak_memory_of_a_known_pattern():
+    def pattern():
+        first = torch.empty(MIB, dtype=torch.uint8)
+        second = torch.empty(4 * MIB, dtype=torch.uint8)
+        del first
+        third = torch.empty(2 * MIB, dtype=torch.uint8)
+        del second
+        return third
+
+    assert memory.peak_memory(pattern) == 6 * MIB
+
+
+def test_peak_memory_ignores_what_was_there_before():
+    held = [torch.empty(8 * MIB, dtype=torch.uint8)]
+
+    def pattern():
+        held.clear()
+        return torch.empty(MIB, dtype=torch.uint8)
+
+    assert memory.peak_memory(pattern) == MIB
+    assert memory.peak_memory(lambda: None) == 0
+
+
+def losses(*, first=0.0, later=0.0, steps=40):
+    """2, 1.99, ...; one of the first twenty moved by ``first`` (relative), one of the later ones by ``later``."""
+    values = [2 - 0.01 * step for step in range(steps)]
+    values[7] *= 1 + first
+    if steps > 20:
+        values[30] += later
+    return values
+
+
+@pytest.mark.parametrize(
+    ("fused", "moved", "reason"),
+    [
+        ({}, {"later": 1e-3}, None),
+        ({"first": 9e-4}, {"later": 1e-3}, None),
+        ({"first": 2e-3}, {"later": 1e-3}, "the first 20 losses differ by up to 2.0e-03"),
+        ({"first": -2e-3}, {"first": 5e-3, "later": 1e-3}, "the first 20 losses"),
+        ({"later": 1.9e-3}, {"later": 1e-3}, None),
+        ({"later": 2.1e-3}, {"later": -1e-3}, "later losses drift by 2.1e-03, more than 2 times one ulp's 1.0e-03"),
+        ({"later": math.nan}, {"later": 1e-3}, "a loss is not finite"),
+        ({"later": math.inf}, {"later": math.inf}, "a loss is not finite"),
+    ],
+)
+def test_agreement_of_losses(fused, moved, reason):
+    judged = training.agreement(losses(), losses(**fused), losses(**moved))
+    assert judged.accepted == (reason is None)
+    if reason is not None:
+        assert judged.why_not.startswith(reason)
+
+
+def test_agreement_without_later_steps_judges_the_first_only():
+    judged = training.agreement(*(losses(steps=20) for _ in range(3)))
+    assert (judged.accepted, judged.drift) == (True, None)
+    with pytest.raises(ValueError, match="as many losses"):
+        training.agreement([1.0], [1.0, 2.0], [1.0])
+
+
+def test_moved_by_one_ulp():
+    model = torch.nn.Linear(64, 64)
+    moved = training.moved_by_one_ulp(model, seed=0)
+    for before, after in zip(model.parameters(), moved.parameters(), strict=True):
+        up, down = (torch.nextafter(before, torch.full_like(before, end)) for end in (math.inf, -math.inf))
+        assert ((after == up) | (after == down)).all()
+        assert (after == up).any()
+        assert (after == down).any()
+
+
+def test_share_of_normalisation():
+    x = torch.randn(16, 16, 32, 32, requires_grad=True)
+    layer = torch.nn.Sequential(torch.nn.BatchNorm2d(16), torch.nn.ReLU6())
+    assert training.normalisation_share(lambda: x.sigmoid().sum().backward()) == 0
+    assert 0.5 < training.normalisation_share(lambda: layer(x).backward(torch.ones_like(x))) <= 1
+
+
+def test_a_short_demo(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    small = ("--steps", "3", "--batch", "8", "--size", "64", "--width", "0.25")
+    assert main(["demo", "--out", str(tmp_path), *small]) == 0
+    page = capsys.readouterr().out
+    assert page.strip() == (tmp_path / "demo.md").read_text().strip()
+    assert "The losses agree." in page
+    content = json.loads((tmp_path / "demo.json").read_text())
+    assert content["fused_layers"] == [35, 52]
+    for name in ("native", "normfused"):
+        model = content["models"][name]
+        assert len(model["losses"]) == len(model["seconds"]) == 3
+        assert 0 < model["normalisation_share"] < 1
+        assert model["peak_bytes"] > 0
+        assert 0 <= model["accuracy"] <= 1
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
