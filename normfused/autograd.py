@@ -3,9 +3,9 @@
 The backward recomputes the pre-activation z from x, so the output is never saved. Under ``create_graph=True`` the
 gradient is the differentiable formula of reference.py instead of the operator.
 
-What needs no gradient comes in one tuple: autograd's bookkeeping costs time for every argument. batch_norm_act_eager and group_norm_act_eager leave out
-the Python half of Function.apply, which serves torch.func (whose transforms functional.py sends elsewhere); torch.compile
-knows Function.apply only.
+What needs no gradient comes in one tuple: autograd's bookkeeping costs time for every argument. The functions called
+``*_eager`` leave out the Python half of Function.apply, which serves torch.func (functional.py sends its transforms
+elsewhere); torch.compile knows only Function.apply.
 """
 
 import torch

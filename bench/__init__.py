@@ -1,0 +1,1 @@
+"""Benchmarks of normfused against PyTorch: ``python -m bench ops`` and ``python -m bench demo``."""

@@ -1,0 +1,31 @@
+"""Peak memory of a piece of CPU code, from the profiler's allocation events."""
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_memory(fn) -> int:
+    """Bytes that ``fn()`` held at its worst moment, beyond what was allocated before.
+
+    The highest value of the running sum over PyTorch's CPU allocations and frees during the call. Not seen: memory that
+    a library takes by itself (oneDNN's scratch pads), and frees of what was allocated earlier.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = fn()
+    del result  # kept until here: what fn returns is part of what it holds
+    # The raw events: profiler.events() attributes memory to operators and loses its order in time.
+    events = [
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
+    ]
+    return peak_of_changes(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+
+
+def peak_of_changes(changes) -> int:
+    """The highest running sum of ``changes`` (bytes, allocations positive, frees negative), at least 0."""
+    held = peak = 0
+    for change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
