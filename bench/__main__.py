@@ -8,7 +8,7 @@ import torch
 from . import cases, ops, providers, report
 
 _EPILOG = """examples:
-  python -m bench ops                                          everything (an hour on two cores)
+  python -m bench ops                                          everything; torch.compile takes its time for each shape
   python -m bench ops --family batch_norm --shape 96,56 --providers eager normfused
   python -m bench ops --family tiny                            host time of one call
   python -m bench demo --out out/demo
