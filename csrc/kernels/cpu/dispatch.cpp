@@ -40,7 +40,7 @@ constexpr Kernels kKernels[] = {
     NORMFUSED_KERNELS(baseline),
 };
 
-bool supported(const Kernels& kernels) {
+bool supported([[maybe_unused]] const Kernels& kernels) {
 #if defined(__x86_64__)
   if (kernels.batch_norm_forward == avx512::batch_norm_forward) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
