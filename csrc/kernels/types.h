@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "inline.h"
+
 namespace normfused {
 
 enum class Dtype { float32, float64, bfloat16, float16 };
@@ -16,7 +18,7 @@ struct Extent {
   int64_t N, C, S;
   MemoryFormat format;
 
-  int64_t numel() const { return N * C * S; }
+  NORMFUSED_INLINE int64_t numel() const { return N * C * S; }
 };
 
 // Runs body(begin, end, context) over disjoint ranges that cover [0, tasks), possibly on several threads. What a task
