@@ -243,10 +243,10 @@ def test_every_16_bit_value_survives_and_every_rounding_is_torchs(dtype, restore
         torch.testing.assert_close(y, (x.float() * weight).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def malformed_calls():
-    """(what is wrong, operator, arguments): every one must raise."""
-    x, dy, _, weight, bias, mean, var = tensors()
-    forward = dict(
+def forward_arguments():
+    """A call of batch_norm_act that is right."""
+    x, _, _, weight, bias, mean, var = tensors()
+    return dict(
         x=x,
         weight=weight,
         bias=bias,
@@ -260,6 +260,12 @@ def malformed_calls():
         activation="relu6",
         pre_activation=None,
     )
+
+
+def malformed_calls():
+    """(what is wrong, operator, arguments): every one must raise."""
+    x, dy, _, weight, bias, mean, var = tensors()
+    forward = forward_arguments()
     backward = dict(
         dy=dy,
         x=x,
@@ -402,23 +408,8 @@ def test_malformed_calls_raise_and_leave_the_running_statistics_alone():
     ],
 )
 def test_errors_name_the_argument_and_its_value(change, message):
-    x, _, _, weight, bias, mean, var = tensors()
-    arguments = dict(
-        x=x,
-        weight=weight,
-        bias=bias,
-        residual=None,
-        running_mean=mean,
-        running_var=var,
-        num_batches_tracked=None,
-        training=True,
-        momentum=0.1,
-        eps=1e-5,
-        activation=None,
-        pre_activation=None,
-    )
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.normfused.batch_norm_act(**(arguments | change))
+        torch.ops.normfused.batch_norm_act(**(forward_arguments() | change))
 
 
 def test_only_what_is_asked_for_is_computed():
