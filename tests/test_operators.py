@@ -359,6 +359,9 @@ def malformed_calls():
     ):
         yield f"batch_norm_act {describe(changes)}", "batch_norm_act", forward | changes
     yield "backward pre_activation", "batch_norm_act_backward", backward | dict(pre_activation="relu")
+    for training in (True, False):
+        changes = dict(need_dresidual=True, training=training)
+        yield f"backward {changes} without residual", "batch_norm_act_backward", backward | changes
     for groups in (0, -1, 4, 7, 2**40):
         yield f"group_norm_act groups {groups}", "group_norm_act", group | dict(num_groups=groups)
         yield f"backward groups {groups}", "group_norm_act_backward", group_backward | dict(num_groups=groups)

@@ -100,6 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(Tensor dy, Te
   const Activation act = parse_activation(op, "activation", activation);
   const Input input(op, "x", x, Ambiguous::contiguous);
   const Extent& e = input.extent;
+  check(residual.has_value() || !need_dresidual, op, "need_dresidual asks for the gradient of residual, which is None");
   const Tensor dys = input.match(op, "dy", dy);
   const ChannelArray weights(op, "weight", weight, input), biases(op, "bias", bias, input);
   const ChannelArray means(op, "mean", mean, input), invstds(op, "invstd", invstd, input);
