@@ -101,7 +101,8 @@ class BatchNormForwardDriver {
     for_each(e_.C, [this](int64_t c) {
       if (args_.training) {
         WelfordData data;
-        for (int64_t n = 0; n < e_.N; ++n) data.combine(plane_moments(x_ + (n * e_.C + c) * e_.S, e_.S));
+        for (int64_t n = 0; n < e_.N; ++n)
+          data.combine(plane_moments(x_ + (n * e_.C + c) * e_.S, e_.S, ahead_in_planes<T>(e_)));
         finish_statistics(c, data.mean, data.m2);
       }
       for (int64_t n = e_.N - 1; n >= 0; --n) apply_plane(c, (n * e_.C + c) * e_.S, e_.S);
@@ -115,7 +116,7 @@ class BatchNormForwardDriver {
     if (args_.training) {
       for_each(partition_.tasks, [&](int64_t task) {
         const int64_t plane = task / segments, s = task % segments;
-        partial[task] = plane_moments(x_ + plane * e_.S + s * kSegment, segment_size(s));
+        partial[task] = plane_moments(x_ + plane * e_.S + s * kSegment, segment_size(s), ahead_in_planes<T>(e_));
       });
       for (int64_t c = 0; c < e_.C; ++c) {
         WelfordData data;
@@ -272,7 +273,8 @@ class BatchNormBackwardDriver {
   const T* residual(int64_t at) const { return residual_ ? residual_ + at : nullptr; }
 
   void sum_plane(int64_t c, int64_t at, int64_t n, double& sum_dz, double& sum_dz_deviation) {
-    normfused::sum_plane(functions_, x_ + at, dy_ + at, residual(at), n, parameters(c), sum_dz, sum_dz_deviation);
+    normfused::sum_plane(functions_, x_ + at, dy_ + at, residual(at), n, ahead_in_planes<T>(e_), parameters(c), sum_dz,
+                         sum_dz_deviation);
   }
 
   // dx and dresidual of rows x cols elements from `at` on.
@@ -340,7 +342,7 @@ class BatchNormBackwardDriver {
     if (!applies_) return;
     for_each(partition_.tasks, [&](int64_t task) {
       const int64_t plane = task / segments, s = task % segments, c = plane % e_.C;
-      apply_plane(plane * e_.S + s * kSegment, segment_size(s), workspace_.parameters.at(c));
+      apply_plane(plane * e_.S + s * kSegment, segment_size(s), workspace_.parameters.template at<A>(c));
     });
   }
 

@@ -47,7 +47,7 @@ bool supported([[maybe_unused]] const Kernels& kernels) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
   }
   if (kernels.batch_norm_forward == avx2::batch_norm_forward) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   }
 #endif
   return true;

@@ -32,8 +32,8 @@ struct TileFunctions {
   };
   Elementwise<PlaneParameters<A>> plane;
   Elementwise<ColumnParameters<A>> columns;
-  void (*plane_sums)(const T* x, const T* dy, const T* residual, int64_t n, const PlaneParameters<A>&, double& s,
-                     double& d);
+  void (*plane_sums)(const T* x, const T* dy, const T* residual, int64_t n, int64_t ahead, const PlaneParameters<A>&,
+                     double& s, double& d);
   void (*column_sums)(const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols, int64_t stride,
                       const ColumnParameters<A>&, A* s, A* d);
 
@@ -59,11 +59,11 @@ struct TileFunctions {
 
 // Sums over n adjacent elements of one channel of dz and dz (x - mean).
 template <class T, class Functions>
-void sum_plane(const Functions& functions, const T* x, const T* dy, const T* residual, int64_t n,
+void sum_plane(const Functions& functions, const T* x, const T* dy, const T* residual, int64_t n, int64_t ahead,
                const PlaneParameters<arithmetic_t<T>>& p, double& sum_dz, double& sum_dz_deviation) {
   sum_dz = sum_dz_deviation = 0;
   for (int64_t i = 0; i < n; i += kTile) {
-    functions.plane_sums(x + i, dy + i, residual ? residual + i : nullptr, minimum(kTile, n - i), p, sum_dz,
+    functions.plane_sums(x + i, dy + i, residual ? residual + i : nullptr, minimum(kTile, n - i), ahead, p, sum_dz,
                          sum_dz_deviation);
   }
 }

@@ -128,7 +128,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
       split_groups();
     } else {
       for_each(e_.N * G_, [this](int64_t unit) {
-        finish_statistics(unit, plane_moments(x_ + unit * D_ * e_.S, D_ * e_.S));
+        finish_statistics(unit, plane_moments(x_ + unit * D_ * e_.S, D_ * e_.S, kAheadBytes / sizeof(T)));
         apply_channels(unit / G_, unit % G_ * D_, (unit % G_ + 1) * D_);
       });
     }
@@ -161,7 +161,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     auto* partial = reinterpret_cast<WelfordData*>(partial_);
     for_each(e_.N * G_ * segments, [&](int64_t task) {
       const int64_t unit = task / segments, begin = task % segments * kSegment;
-      partial[task] = plane_moments(x_ + unit * size + begin, minimum(kSegment, size - begin));
+      partial[task] = plane_moments(x_ + unit * size + begin, minimum(kSegment, size - begin), kAheadBytes / sizeof(T));
     });
     for (int64_t unit = 0; unit < e_.N * G_; ++unit) {
       WelfordData data;
@@ -320,8 +320,8 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
     }
     for (int64_t c = begin; c < end; ++c) {
       const int64_t at = (n * e_.C + c) * e_.S;
-      sum_plane<T>(this->functions_, x_ + at, dy_ + at, nullptr, e_.S, parameters(c), sum_dz(n, c),
-                   sum_dz_deviation(n, c));
+      sum_plane<T>(this->functions_, x_ + at, dy_ + at, nullptr, e_.S, kAheadBytes / sizeof(T), parameters(c),
+                   sum_dz(n, c), sum_dz_deviation(n, c));
     }
   }
 

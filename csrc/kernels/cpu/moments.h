@@ -15,10 +15,10 @@ namespace {
 template <class T>
 WelfordData exact_moments(const T* x, int64_t n, int64_t stride) {
   double total = 0, m2 = 0;
-  for (int64_t i = 0; i < n; ++i) total += load(x[i * stride]);
+  for (int64_t i = 0; i < n; ++i) total += load<arithmetic_t<T>>(x + i * stride);
   const double mean = total / n;
   for (int64_t i = 0; i < n; ++i) {
-    const double d = load(x[i * stride]) - mean;
+    const double d = load<arithmetic_t<T>>(x + i * stride) - mean;
     m2 += d * d;
   }
   return {static_cast<double>(n), mean, m2};
@@ -32,46 +32,38 @@ void average_rows(const T* x, int64_t rows, int64_t cols, int64_t stride, A* ave
   const A per_row = A(1) / rows;
   for (int64_t c = 0; c < cols; ++c) average[c] = 0;
   for (int64_t r = 0; r < rows; ++r, x += stride) {
-#pragma omp simd
-    for (int64_t c = 0; c < cols; ++c) average[c] += load(x[c]) * per_row;
+    for_each_vector<A>(cols, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
+      using V = decltype(lanes);
+      store(average + c, load<V>(average + c) + load<V>(x + c) * constant<V>(per_row));
+    });
   }
 }
 
 // At most kTile adjacent values.
 template <class T>
-WelfordData tile_moments(const T* x, int64_t n) {
+WelfordData tile_moments(const T* x, int64_t n, int64_t ahead) {
   using A = arithmetic_t<T>;
   const int64_t sample = minimum(n, 64);
-  const A shift = sum(x, sample) / sample;
-  const int64_t half = (n / 2) & ~int64_t{15};
-  A s0 = 0, s1 = 0, q0 = 0, q1 = 0;
-#pragma omp simd reduction(+ : s0, s1, q0, q1)
-  for (int64_t i = 0; i < half; ++i) {
-    const A d0 = load(x[i]) - shift;
-    const A d1 = load(x[half + i]) - shift;
-    s0 += d0;
-    s1 += d1;
-    q0 += d0 * d0;
-    q1 += d1 * d1;
-  }
-#pragma omp simd reduction(+ : s0, q0)
-  for (int64_t i = 2 * half; i < n; ++i) {
-    const A d = load(x[i]) - shift;
-    s0 += d;
-    q0 += d * d;
-  }
-  const double s = static_cast<double>(s0) + s1;
-  const double q = static_cast<double>(q0) + q1;
+  const A shift = static_cast<A>(sum(x, sample) / sample);
+  double sums[2] = {};
+  accumulate<2, A>(n, sums, [=](int64_t i, auto& s) __attribute__((always_inline)) {
+    using V = lane_type<decltype(s[0])>;
+    prefetch(x, i + ahead);
+    const V deviation = load<V>(x + i) - constant<V>(shift);
+    s[0] += deviation;
+    s[1] += deviation * deviation;
+  });
+  const double s = sums[0], q = sums[1];
   if (!is_finite(q)) return exact_moments(x, n, 1);
   const double m2 = q - s * s / n;
   return {static_cast<double>(n), shift + s / n, m2 > 0 ? m2 : 0};
 }
 
-// Any number of adjacent values.
+// Any number of adjacent values; `ahead` is where the next ones are.
 template <class T>
-WelfordData plane_moments(const T* x, int64_t n) {
+WelfordData plane_moments(const T* x, int64_t n, int64_t ahead) {
   WelfordData data;
-  for (int64_t i = 0; i < n; i += kTile) data.combine(tile_moments(x + i, minimum(kTile, n - i)));
+  for (int64_t i = 0; i < n; i += kTile) data.combine(tile_moments(x + i, minimum(kTile, n - i), ahead));
   return data;
 }
 
@@ -143,7 +135,7 @@ void group_moments(const T* x, int64_t rows, int64_t cols, int64_t group, int64_
     const T* block = x + r * stride;
     average_rows(block, minimum(count, kSample), cols, stride, shift);
     for (int64_t c = 0; c < cols; c += group) {
-      const A sample = sum(shift + c, group) / group;
+      const A sample = static_cast<A>(sum(shift + c, group) / group);
       for (int64_t i = c; i < c + group; ++i) {
         shift[i] = sample;
         s1[i] = s2[i] = 0;
@@ -152,9 +144,7 @@ void group_moments(const T* x, int64_t rows, int64_t cols, int64_t group, int64_
     add_shifted_moments(block, count, cols, stride, shift, s1, s2);
     for (int64_t channel = 0; channel < channels; ++channel) {
       const int64_t c = channel * group;
-      const A *sums = s1 + c, *squares = s2 + c;
-      const double s = sum_over<double>(group, [=](int64_t i) { return static_cast<double>(sums[i]); });
-      const double q = sum_over<double>(group, [=](int64_t i) { return static_cast<double>(squares[i]); });
+      const double s = sum(s1 + c, group), q = sum(s2 + c, group);
       if (is_finite(q)) {
         const double n = static_cast<double>(count * group);
         const double deviations = q - s * s / n;

@@ -10,7 +10,8 @@ namespace {
 // Elements that a task should have at least, and the most tasks that hold partial sums.
 constexpr int64_t kTaskWork = 65536;
 constexpr int64_t kMaxTasks = 64;
-// Planes of at most this many elements are worked on side by side, each element a column.
+// Planes of at most this many elements are worked on side by side, each element a column, if there are rows enough to
+// share a column's parameters.
 constexpr int64_t kSmallPlane = 256;
 // Elements of a plane that one task of split planes takes.
 constexpr int64_t kSegment = 65536;
@@ -36,7 +37,7 @@ inline Partition batch_norm_partition(const Extent& e) {
   const bool channels_last = (e.format == MemoryFormat::channels_last || e.S == 1) && e.C > 1;
   Partition p{};
   if (!channels_last) {
-    if (e.S > 0 && e.S <= kSmallPlane && e.N >= 4 && e.C > 1) {
+    if (e.S > 0 && e.S <= kSmallPlane && e.N >= (e.S < 64 ? 4 : 16) && e.C > 1) {
       const int64_t channels = kPanel / e.S;
       p = {Path::columns, e.N, e.C * e.S, e.S, channels * e.S, e.N, divide_up(e.C, channels)};
     } else if (e.C < 32 && e.numel() > kTaskWork) {

@@ -1,10 +1,10 @@
-// Element types in memory and the arithmetic type they are computed in; conversions are plain integer arithmetic that
-// vectorises on every instruction set.
+// Element types in memory, the arithmetic type they are computed in, and the conversions between them: integer
+// arithmetic that reads the same for one value and for a vector, or the processor's own where it has one.
 #pragma once
 
 #include <cstdint>
 
-#include "../inline.h"
+#include "vector.h"
 
 namespace normfused {
 namespace {
@@ -29,68 +29,153 @@ struct Arithmetic<double> {
 template <class T>
 using arithmetic_t = typename Arithmetic<T>::type;
 
-NORMFUSED_INLINE float load(float value) { return value; }
-NORMFUSED_INLINE double load(double value) { return value; }
+template <class T>
+constexpr bool kIsHalf = false;
+template <>
+inline constexpr bool kIsHalf<Float16> = true;
 
-NORMFUSED_INLINE float load(BFloat16 value) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(value.bits) << 16);
+// Bounds of what rounds to a constant: kZero the greatest z that becomes zero, kSix the least that becomes six (ties go
+// to even, which both are).
+template <class T>
+struct Rounding {
+  static constexpr arithmetic_t<T> kZero = 0, kSix = 6;
+};
+template <>
+struct Rounding<BFloat16> {
+  static constexpr float kZero = 0x1p-134f, kSix = 6 - 0x1p-6f;
+};
+template <>
+struct Rounding<Float16> {
+  static constexpr float kZero = 0x1p-25f, kSix = 6 - 0x1p-9f;
+};
+
+// Integers of 16 bits to 32 and back, and half precision, by the processor's own instructions.
+#if NORMFUSED_VECTOR_BYTES == 64
+using ShortVector = __m256i;
+NORMFUSED_INLINE Vector<uint32_t> extend(__m256i bits) {
+  return Vector<uint32_t>(_mm512_maskz_cvtepu16_epi32(0xffff, bits));
+}
+NORMFUSED_INLINE __m256i truncate(Vector<uint32_t> v) { return _mm512_maskz_cvtepi32_epi16(0xffff, __m512i(v)); }
+NORMFUSED_INLINE Vector<float> widen_half(__m256i bits) { return Vector<float>(_mm512_maskz_cvtph_ps(0xffff, bits)); }
+NORMFUSED_INLINE __m256i narrow_half(Vector<float> v) {
+  return _mm512_maskz_cvtps_ph(0xffff, __m512(v), _MM_FROUND_TO_NEAREST_INT);
+}
+constexpr bool kConvertsHalf = true;
+#elif NORMFUSED_VECTOR_BYTES == 32
+using ShortVector = __m128i;
+NORMFUSED_INLINE Vector<uint32_t> extend(__m128i bits) { return Vector<uint32_t>(_mm256_cvtepu16_epi32(bits)); }
+NORMFUSED_INLINE __m128i truncate(Vector<uint32_t> v) {
+  // Packs within halves, whose middle quarters then change places.
+  const __m256i packed = _mm256_packus_epi32(__m256i(v), __m256i(v));
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+NORMFUSED_INLINE Vector<float> widen_half(__m128i bits) { return Vector<float>(_mm256_cvtph_ps(bits)); }
+NORMFUSED_INLINE __m128i narrow_half(Vector<float> v) { return _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT); }
+constexpr bool kConvertsHalf = true;
+#else
+using ShortVector = VectorOf<uint16_t, kLanes<float>>::type;
+NORMFUSED_INLINE Vector<uint32_t> extend(ShortVector bits) { return __builtin_convertvector(bits, Vector<uint32_t>); }
+NORMFUSED_INLINE ShortVector truncate(Vector<uint32_t> v) { return __builtin_convertvector(v, ShortVector); }
+NORMFUSED_INLINE Vector<float> widen_half(ShortVector) { return Vector<float>{}; }
+NORMFUSED_INLINE ShortVector narrow_half(Vector<float>) { return ShortVector{}; }
+constexpr bool kConvertsHalf = false;
+#endif
+
+template <class Bits>
+NORMFUSED_INLINE Bits bit_load(const void* x) {
+  Bits bits;
+  __builtin_memcpy(&bits, x, sizeof bits);
+  return bits;
 }
 
-NORMFUSED_INLINE float load(Float16 value) {
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
+// Bits of 16-bit elements, low in 32-bit integers, to floats. U is uint32_t or a vector of them.
+template <class V, class U>
+NORMFUSED_INLINE V widen(U bits, BFloat16) {
+  return __builtin_bit_cast(V, bits << 16);
+}
+
+template <class V, class U>
+NORMFUSED_INLINE V widen(U bits, Float16) {
+  const U sign = (bits & 0x8000u) << 16;
+  const U magnitude = (bits & 0x7fffu) << 13;
   // The exponent bias differs by 112; multiplying by 2^112 also normalises denormals.
-  const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
-  const uint32_t finite = __builtin_bit_cast(uint32_t, scaled);
-  const uint32_t bits = magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : finite;
-  return __builtin_bit_cast(float, bits | sign);
+  const V scaled = __builtin_bit_cast(V, magnitude) * 0x1p112f;
+  const U finite = __builtin_bit_cast(U, scaled);
+  const U special = magnitude | 0x7f800000u;
+  return __builtin_bit_cast(V, (magnitude >= (0x7c00u << 13) ? special : finite) | sign);
 }
 
-// store<T>(value): value rounded to T, to nearest, ties to even.
-template <class T>
-NORMFUSED_INLINE T store(arithmetic_t<T> value) {
-  return value;
+// And back, to nearest, ties to even.
+template <class U, class V>
+NORMFUSED_INLINE U narrow(V value, BFloat16) {
+  const U bits = __builtin_bit_cast(U, value);
+  // What arithmetic gives is a quiet NaN, whose upper half is one by itself.
+  return (value == value ? bits + (((bits >> 16) & 1u) + 0x7fffu) : bits) >> 16;
 }
 
-template <>
-NORMFUSED_INLINE BFloat16 store<BFloat16>(float value) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t nan = 0x7fc0u | (bits >> 16);
-  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
-}
-
-template <>
-NORMFUSED_INLINE Float16 store<Float16>(float value) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
+template <class U, class V>
+NORMFUSED_INLINE U narrow(V value, Float16) {
+  const U bits = __builtin_bit_cast(U, value);
+  const U sign = (bits >> 16) & 0x8000u;
+  const U magnitude = bits & 0x7fffffffu;
   // Normal results: move the exponent bias from 127 to 15 and round off 13 bits.
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Below 2^-14: adding 2^-1 makes the float adder round at a denormal's last bit, 2^-24.
-  const float shifted = __builtin_bit_cast(float, magnitude) + 0.5f;
-  const uint32_t denormal = __builtin_bit_cast(uint32_t, shifted) - 0x3f000000u;
-  const uint32_t finite = magnitude < (113u << 23) ? denormal : normal;
+  const V shifted = __builtin_bit_cast(V, magnitude) + 0.5f;
+  const U denormal = __builtin_bit_cast(U, shifted) - 0x3f000000u;
+  const U finite = magnitude < (113u << 23) ? denormal : normal;
   // From 65520 on everything rounds to infinity.
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
+  const U infinity = U{} + 0x7c00u, nan = U{} + 0x7e00u;
+  const U special = magnitude > 0x7f800000u ? nan : infinity;
+  return sign | (magnitude >= 0x477ff000u ? special : finite);
 }
 
-// store<T>(value) for a value that T represents exactly.
-template <class T>
-NORMFUSED_INLINE T store_exact(arithmetic_t<T> value) {
-  return store<T>(value);
+// load<V>(x): the element at x as V = arithmetic_t<T>, or the next elements as a vector.
+template <class V, class T>
+NORMFUSED_INLINE V load(const T* x) {
+  constexpr int kCount = Lanes<V>::kCount;
+  if constexpr (sizeof(T) == sizeof(typename Lanes<V>::type)) {
+    V v;
+    __builtin_memcpy(&v, x, sizeof v);
+    return v;
+  } else if constexpr (kCount == 1) {
+    return widen<V>(static_cast<uint32_t>(x->bits), T{});
+  } else if constexpr (kConvertsHalf && kIsHalf<T>) {
+    return widen_half(bit_load<ShortVector>(x));
+  } else {
+    return widen<V>(extend(bit_load<ShortVector>(x)), T{});
+  }
 }
 
-template <>
-NORMFUSED_INLINE BFloat16 store_exact<BFloat16>(float value) {
-  return {static_cast<uint16_t>(__builtin_bit_cast(uint32_t, value) >> 16)};
+// Stores value, rounded to T.
+template <class T, class V>
+NORMFUSED_INLINE void store(T* y, V value) {
+  constexpr int kCount = Lanes<V>::kCount;
+  if constexpr (sizeof(T) == sizeof(typename Lanes<V>::type)) {
+    __builtin_memcpy(y, &value, sizeof value);
+  } else if constexpr (kCount == 1) {
+    y->bits = static_cast<uint16_t>(narrow<uint32_t>(value, T{}));
+  } else if constexpr (kConvertsHalf && kIsHalf<T>) {
+    const auto bits = narrow_half(value);
+    __builtin_memcpy(y, &bits, sizeof bits);
+  } else {
+    const ShortVector bits = truncate(narrow<Vector<uint32_t>>(value, T{}));
+    __builtin_memcpy(y, &bits, sizeof bits);
+  }
 }
 
 // value as it would be read back after a store: what native's separate BatchNorm hands to the activation.
-template <class T>
-NORMFUSED_INLINE arithmetic_t<T> rounded(arithmetic_t<T> value) {
-  return load(store<T>(value));
+template <class T, class V>
+NORMFUSED_INLINE V rounded(V value) {
+  if constexpr (sizeof(T) == sizeof(typename Lanes<V>::type)) {
+    return value;
+  } else if constexpr (Lanes<V>::kCount == 1) {
+    return widen<V>(narrow<uint32_t>(value, T{}), T{});
+  } else if constexpr (kConvertsHalf && kIsHalf<T>) {
+    return widen_half(narrow_half(value));
+  } else {
+    return widen<V>(narrow<Vector<uint32_t>>(value, T{}), T{});
+  }
 }
 
 }  // namespace

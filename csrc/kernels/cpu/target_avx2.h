@@ -2,11 +2,12 @@
 #pragma once
 
 #define NORMFUSED_INSTRUCTION_SET avx2
+#define NORMFUSED_VECTOR_BYTES 32
 
 #include <cstdint>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 
 #define NORMFUSED_INSTRUCTION_SET avx512
+#define NORMFUSED_VECTOR_BYTES 64
 
 #include <cstdint>
 

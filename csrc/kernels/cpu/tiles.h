@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../activations.h"
+#include "../types.h"
 #include "storage.h"
 
 namespace normfused {
@@ -28,15 +29,23 @@ template <class A>
 struct PlaneParameters {
   A mean, scale, bias, outer, offset, slope;
 
-  NORMFUSED_INLINE const PlaneParameters& at(int64_t) const { return *this; }
+  // The same in every lane of V.
+  template <class V>
+  NORMFUSED_INLINE PlaneParameters<V> at(int64_t) const {
+    return {constant<V>(mean),  constant<V>(scale),  constant<V>(bias),
+            constant<V>(outer), constant<V>(offset), constant<V>(slope)};
+  }
 };
 
 template <class A>
 struct ColumnParameters {
   A *mean, *scale, *bias, *outer, *offset, *slope;
 
-  NORMFUSED_INLINE PlaneParameters<A> at(int64_t c) const {
-    return {mean[c], scale[c], bias[c], outer[c], offset[c], slope[c]};
+  // Of column c, or of the columns from c on that fill V.
+  template <class V>
+  NORMFUSED_INLINE PlaneParameters<V> at(int64_t c) const {
+    return {load<V>(mean + c),  load<V>(scale + c),  load<V>(bias + c),
+            load<V>(outer + c), load<V>(offset + c), load<V>(slope + c)};
   }
   ColumnParameters from(int64_t c) const { return {mean + c, scale + c, bias + c, outer + c, offset + c, slope + c}; }
 
@@ -61,6 +70,26 @@ struct PanelParameters {
   ColumnParameters<A> columns() { return {mean, scale, bias, outer, offset, slope}; }
 };
 
+// Asks for the line of an element that a pass over cold memory will need soon: rows and planes are streams too short
+// for the processor to notice.
+template <class T>
+NORMFUSED_INLINE void prefetch(const T* x, int64_t element) {
+  __builtin_prefetch(reinterpret_cast<const char*>(x) + element * static_cast<int64_t>(sizeof(T)));
+}
+
+// How far ahead: some rows of a matrix; the next plane of the same channel, or within a plane that is long.
+constexpr int64_t kAheadBytes = 4096;
+template <class T>
+int64_t ahead_in_rows(int64_t stride) {
+  const int64_t row_bytes = maximum(stride * static_cast<int64_t>(sizeof(T)), 1);
+  return maximum(divide_up(kAheadBytes, row_bytes), 4) * stride;
+}
+template <class T>
+int64_t ahead_in_planes(const Extent& e) {
+  constexpr int64_t kLong = 4 * kAheadBytes / sizeof(T);
+  return e.S < kLong ? e.C * e.S : kAheadBytes / sizeof(T);
+}
+
 // How many rows of columns share one load of the parameters. More than one pays where the loop does little else; for
 // the rest it would only make the code larger. (A plane's parameters are in registers anyway.)
 template <class Act, bool kResidual, class T>
@@ -71,129 +100,154 @@ constexpr int kRowsAtOnce = 1;
 template <class Act, bool kResidual, class T, class A>
 constexpr int kRowsAtOnce<Act, kResidual, T, ColumnParameters<A>> = kSharedRows<Act, kResidual, T>;
 
-// f(parameters of column c, index of the element) for every element of rows x cols, kRows rows at a time.
-template <int kRows, class P, class F>
+// f(parameters of column c, index of the element) for the elements of rows x cols, a vector or one at a time, kRows
+// rows together. f may see elements twice.
+template <int kRows, class T, class P, class F>
 NORMFUSED_INLINE void for_each_element(int64_t rows, int64_t cols, int64_t stride, const P& parameters, F f) {
+  using A = arithmetic_t<T>;
   // A copy: what is behind a reference would be read again after every store.
   const P p = parameters;
   int64_t r = 0;
+  // Rows a multiple of 2 KiB apart: a processor that compares addresses by their last 12 bits takes the load in one for
+  // the store in another.
+  const bool alias = stride * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
   if constexpr (kRows > 1) {
-    for (; r + kRows <= rows; r += kRows) {
-#pragma omp simd
-      for (int64_t c = 0; c < cols; ++c) {
-        const auto q = p.at(c);
-#pragma GCC unroll 4
+    for (; !alias && r + kRows <= rows; r += kRows) {
+      for_each_vector_overlapping<A>(cols, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        const auto q = p.template at<decltype(lanes)>(c);
         for (int i = 0; i < kRows; ++i) f(q, (r + i) * stride + c);
-      }
+      });
     }
   }
   for (; r < rows; ++r) {
-#pragma omp simd
-    for (int64_t c = 0; c < cols; ++c) f(p.at(c), r * stride + c);
+    for_each_vector_overlapping<A>(cols, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+      f(p.template at<decltype(lanes)>(c), r * stride + c);
+    });
   }
 }
 
-// Sum over n elements of f(i). Four streams, so that no addition waits for the one before.
-template <class A, class F>
-NORMFUSED_INLINE A sum_over(int64_t n, F f) {
-  const int64_t quarter = (n / 4) & ~int64_t{15};
-  A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < quarter; ++i) {
-    s0 += f(i);
-    s1 += f(quarter + i);
-    s2 += f(2 * quarter + i);
-    s3 += f(3 * quarter + i);
+// Adds to sums over n elements: add(i, s) takes the elements from i on into s[kSums], vectors or single values. Four
+// streams of vectors, so that no addition waits for the one before.
+template <int kSums, class A, class F>
+NORMFUSED_INLINE void accumulate(int64_t n, double (&sums)[kSums], F add) {
+  using V = Vector<A>;
+  constexpr int kStreams = 4;
+  V streams[kStreams][kSums] = {};
+  int64_t i = 0;
+  for (; i + kStreams * kLanes<A> <= n; i += kStreams * kLanes<A>) {
+    for (int k = 0; k < kStreams; ++k) add(i + k * kLanes<A>, streams[k]);
   }
-#pragma omp simd reduction(+ : s0)
-  for (int64_t i = 4 * quarter; i < n; ++i) s0 += f(i);
-  return (s0 + s1) + (s2 + s3);
+  for (; i + kLanes<A> <= n; i += kLanes<A>) add(i, streams[0]);
+  A rest[kSums] = {};
+  for (; i < n; ++i) add(i, rest);
+  for (int j = 0; j < kSums; ++j) {
+    sums[j] += sum_of_lanes((streams[0][j] + streams[1][j]) + (streams[2][j] + streams[3][j])) + rest[j];
+  }
 }
 
 template <class T>
-inline arithmetic_t<T> sum(const T* x, int64_t n) {
-  return sum_over<arithmetic_t<T>>(n, [=](int64_t i) { return load(x[i]); });
+inline double sum(const T* x, int64_t n) {
+  double total[1] = {};
+  accumulate<1, arithmetic_t<T>>(n, total, [=](int64_t i, auto& s) __attribute__((always_inline)) {
+    using V = lane_type<decltype(s[0])>;
+    s[0] += load<V>(x + i);
+  });
+  return total[0];
 }
 
 // Adds rows of deviations from shift, and of their squares, to s1 and s2 (arrays of cols).
-template <class T, class A>
-void add_shifted_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, const A* shift, A* s1, A* s2) {
-  constexpr int kUnroll = 8;
-  int64_t r = 0;
-  for (; r + kUnroll <= rows; r += kUnroll, x += kUnroll * stride) {
-#pragma omp simd
-    for (int64_t c = 0; c < cols; ++c) {
-      A a = s1[c], b = s2[c];
-#pragma GCC unroll 8
-      for (int i = 0; i < kUnroll; ++i) {
-        const A d = load(x[i * stride + c]) - shift[c];
-        a += d;
-        b += d * d;
-      }
-      s1[c] = a;
-      s2[c] = b;
+template <int kRows, class T, class A>
+NORMFUSED_INLINE void add_rows(const T* x, int64_t cols, int64_t stride, int64_t ahead, const A* shift, A* s1, A* s2) {
+  for_each_vector<A>(cols, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
+    using V = decltype(lanes);
+    const V from = load<V>(shift + c);
+    V a = load<V>(s1 + c), b = load<V>(s2 + c);
+    for (int i = 0; i < kRows; ++i) {
+      prefetch(x, i * stride + c + ahead);
+      const V d = load<V>(x + i * stride + c) - from;
+      a += d;
+      b += d * d;
     }
-  }
-  for (; r < rows; ++r, x += stride) {
-#pragma omp simd
-    for (int64_t c = 0; c < cols; ++c) {
-      const A d = load(x[c]) - shift[c];
-      s1[c] += d;
-      s2[c] += d * d;
-    }
-  }
+    store(s1 + c, a);
+    store(s2 + c, b);
+  });
 }
 
-// What the activation sees: the pre-activation z, rounded as native's separate operators would round it.
-template <bool kResidual, class T, class A>
-NORMFUSED_INLINE A pre_activation(const T* x, const T* residual, int64_t i, const PlaneParameters<A>& p) {
-  A z = (load(x[i]) - p.mean) * p.scale + p.bias;
-  if constexpr (kResidual) z += load(residual[i]);
-  return rounded<T>(z);
+template <class T, class A>
+void add_shifted_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, const A* shift, A* s1, A* s2) {
+  const int64_t ahead = maximum(ahead_in_rows<T>(stride), 8 * stride);
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) add_rows<8>(x + r * stride, cols, stride, ahead, shift, s1, s2);
+  for (; r < rows; ++r) add_rows<1>(x + r * stride, cols, stride, ahead, shift, s1, s2);
+}
+
+// z, of the elements at i.
+template <bool kResidual, class T, class V>
+NORMFUSED_INLINE V pre_activation(const T* x, const T* residual, int64_t i, const PlaneParameters<V>& p) {
+  V z = (load<V>(x + i) - p.mean) * p.scale + p.bias;
+  if constexpr (kResidual) z += load<V>(residual + i);
+  return z;
+}
+
+// dz = act'(z) dy, with z rounded as native's separate operators would round it.
+template <class Act, bool kResidual, class T, class V>
+NORMFUSED_INLINE V gradient(const T* x, const T* dy, const T* residual, int64_t i, const PlaneParameters<V>& p) {
+  V z = pre_activation<kResidual>(x, residual, i, p);
+  if constexpr (!Act::kSelects) z = rounded<T>(z);
+  return Act::backward(z, load<V>(dy + i), Rounding<T>{});
 }
 
 // y = act(z).
 template <class Act, bool kResidual, class T, class P>
 void apply_tile(const T* __restrict x, const T* __restrict residual, T* __restrict y, int64_t rows, int64_t cols,
                 int64_t stride, const P& p) {
-  using A = arithmetic_t<T>;
-  for_each_element<kRowsAtOnce<Act, kResidual, T, P>>(
-      rows, cols, stride, p, [=](const PlaneParameters<A>& q, int64_t i) __attribute__((always_inline)) {
-        const A activated = Act::forward(pre_activation<kResidual>(x, residual, i, q));
-        if constexpr (Act::kSelects) {
-          y[i] = store_exact<T>(activated);
-        } else {
-          y[i] = store<T>(activated);
-        }
-      });
+  for_each_element<kRowsAtOnce<Act, kResidual, T, P>, T>(rows, cols, stride, p,
+                                                         [=](const auto& q, int64_t i) __attribute__((always_inline)) {
+                                                           auto z = pre_activation<kResidual>(x, residual, i, q);
+                                                           if constexpr (!Act::kSelects) z = rounded<T>(z);
+                                                           store(y + i, Act::forward(z));
+                                                         });
 }
 
 // Adds dz = act'(z) dy, and dz (x - mean), of n adjacent elements of one channel to s and d.
 template <class Act, bool kResidual, class T>
 void gradient_moments(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, int64_t n,
-                      const PlaneParameters<arithmetic_t<T>>& p, double& s, double& d) {
+                      int64_t ahead, const PlaneParameters<arithmetic_t<T>>& parameters, double& s, double& d) {
   using A = arithmetic_t<T>;
-  // A copy: members behind a reference would be read again for every element.
-  const PlaneParameters<A> q = p;
-  const int64_t half = (n / 2) & ~int64_t{15};
-  A s0 = 0, s1 = 0, d0 = 0, d1 = 0;
-#pragma omp simd reduction(+ : s0, s1, d0, d1)
-  for (int64_t i = 0; i < half; ++i) {
-    const A g0 = Act::backward(pre_activation<kResidual>(x, residual, i, q), load(dy[i]));
-    const A g1 = Act::backward(pre_activation<kResidual>(x, residual, half + i, q), load(dy[half + i]));
-    s0 += g0;
-    s1 += g1;
-    d0 += g0 * (load(x[i]) - q.mean);
-    d1 += g1 * (load(x[half + i]) - q.mean);
-  }
-#pragma omp simd reduction(+ : s0, d0)
-  for (int64_t i = 2 * half; i < n; ++i) {
-    const A g = Act::backward(pre_activation<kResidual>(x, residual, i, q), load(dy[i]));
-    s0 += g;
-    d0 += g * (load(x[i]) - q.mean);
-  }
-  s += static_cast<double>(s0) + s1;
-  d += static_cast<double>(d0) + d1;
+  const PlaneParameters<A> p = parameters;
+  double total[2] = {};
+  accumulate<2, A>(n, total, [=](int64_t i, auto& sums) __attribute__((always_inline)) {
+    using V = lane_type<decltype(sums[0])>;
+    const auto q = p.template at<V>(0);
+    prefetch(x, i + ahead);
+    prefetch(dy, i + ahead);
+    const V g = gradient<Act, kResidual>(x, dy, residual, i, q);
+    sums[0] += g;
+    sums[1] += g * (load<V>(x + i) - q.mean);
+  });
+  s += total[0];
+  d += total[1];
+}
+
+template <class Act, bool kResidual, int kRows, class T>
+NORMFUSED_INLINE void add_gradient_rows(const T* x, const T* dy, const T* residual, int64_t cols, int64_t stride,
+                                        int64_t ahead, const ColumnParameters<arithmetic_t<T>>& p, arithmetic_t<T>* s,
+                                        arithmetic_t<T>* d) {
+  for_each_vector<arithmetic_t<T>>(cols, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
+    using V = decltype(lanes);
+    const PlaneParameters<V> q = p.template at<V>(c);
+    V a = load<V>(s + c), b = load<V>(d + c);
+    for (int k = 0; k < kRows; ++k) {
+      const int64_t i = k * stride + c;
+      prefetch(x, i + ahead);
+      prefetch(dy, i + ahead);
+      const V g = gradient<Act, kResidual>(x, dy, residual, i, q);
+      a += g;
+      b += g * (load<V>(x + i) - q.mean);
+    }
+    store(s + c, a);
+    store(d + c, b);
+  });
 }
 
 // The same for each of cols columns over rows, added to s and d.
@@ -201,36 +255,18 @@ template <class Act, bool kResidual, class T>
 void column_gradient_moments(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, int64_t rows,
                              int64_t cols, int64_t stride, const ColumnParameters<arithmetic_t<T>>& p,
                              arithmetic_t<T>* __restrict s, arithmetic_t<T>* __restrict d) {
-  using A = arithmetic_t<T>;
   constexpr int kRows = kSharedRows<Act, kResidual, T>;
+  const int64_t ahead = ahead_in_rows<T>(stride);
   int64_t r = 0;
-  if constexpr (kRows > 1) {
-    for (; r + kRows <= rows; r += kRows) {
-#pragma omp simd
-      for (int64_t c = 0; c < cols; ++c) {
-        const PlaneParameters<A> q = p.at(c);
-        A a = s[c], b = d[c];
-#pragma GCC unroll 4
-        for (int k = 0; k < kRows; ++k) {
-          const int64_t i = (r + k) * stride + c;
-          const A g = Act::backward(pre_activation<kResidual>(x, residual, i, q), load(dy[i]));
-          a += g;
-          b += g * (load(x[i]) - q.mean);
-        }
-        s[c] = a;
-        d[c] = b;
-      }
-    }
+  for (; r + kRows <= rows; r += kRows) {
+    const int64_t at = r * stride;
+    add_gradient_rows<Act, kResidual, kRows>(x + at, dy + at, residual + (kResidual ? at : 0), cols, stride, ahead, p,
+                                             s, d);
   }
   for (; r < rows; ++r) {
-#pragma omp simd
-    for (int64_t c = 0; c < cols; ++c) {
-      const PlaneParameters<A> q = p.at(c);
-      const int64_t i = r * stride + c;
-      const A g = Act::backward(pre_activation<kResidual>(x, residual, i, q), load(dy[i]));
-      s[c] += g;
-      d[c] += g * (load(x[i]) - q.mean);
-    }
+    const int64_t at = r * stride;
+    add_gradient_rows<Act, kResidual, 1>(x + at, dy + at, residual + (kResidual ? at : 0), cols, stride, ahead, p, s,
+                                         d);
   }
 }
 
@@ -238,12 +274,12 @@ void column_gradient_moments(const T* __restrict x, const T* __restrict dy, cons
 template <class Act, bool kResidual, bool kStatistics, class T, class P>
 void backward_tile(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, T* __restrict dx,
                    int64_t rows, int64_t cols, int64_t stride, const P& p) {
-  using A = arithmetic_t<T>;
-  for_each_element<kRowsAtOnce<Act, kResidual, T, P>>(
-      rows, cols, stride, p, [=](const PlaneParameters<A>& q, int64_t i) __attribute__((always_inline)) {
-        A g = Act::backward(pre_activation<kResidual>(x, residual, i, q), load(dy[i])) * q.scale;
-        if constexpr (kStatistics) g -= q.outer * (q.offset + (load(x[i]) - q.mean) * q.slope);
-        dx[i] = store<T>(g);
+  for_each_element<kRowsAtOnce<Act, kResidual, T, P>, T>(
+      rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
+        using V = lane_type<decltype(q.mean)>;
+        V g = gradient<Act, kResidual>(x, dy, residual, i, q) * q.scale;
+        if constexpr (kStatistics) g -= q.outer * (q.offset + (load<V>(x + i) - q.mean) * q.slope);
+        store(dx + i, g);
       });
 }
 
@@ -251,11 +287,9 @@ void backward_tile(const T* __restrict x, const T* __restrict dy, const T* __res
 template <class Act, class T, class P>
 void residual_gradient_tile(const T* __restrict x, const T* __restrict dy, const T* __restrict residual,
                             T* __restrict dresidual, int64_t rows, int64_t cols, int64_t stride, const P& p) {
-  using A = arithmetic_t<T>;
-  for_each_element<1>(rows, cols, stride, p,
-                      [=](const PlaneParameters<A>& q, int64_t i) __attribute__((always_inline)) {
-                        dresidual[i] = store<T>(Act::backward(pre_activation<true>(x, residual, i, q), load(dy[i])));
-                      });
+  for_each_element<1, T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
+    store(dresidual + i, gradient<Act, true>(x, dy, residual, i, q));
+  });
 }
 
 }  // namespace
