@@ -454,7 +454,8 @@ def test_vector_code_exports_only_entry_points(instruction_set, family, tmp_path
     subprocess.run([compiler, "-std=c++20", "-O0", "-fopenmp-simd", "-c", source, "-o", target], check=True)
     listing = subprocess.run(["nm", "-C", "--defined-only", target], capture_output=True, text=True, check=True)
     exported = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
-    exported = [name for _, kind, name in exported if kind in "TDBRVWu"]
+    # The reference to the exception handler is a datum, the same for every instruction set.
+    exported = [name for _, kind, name in exported if kind in "TDBRVWu" and not name.startswith("DW.ref.")]
     entry_point = rf"normfused::cpu::{instruction_set}::{family}_(forward|backward)\("
     assert len(exported) == 2
     assert all(re.match(entry_point, name) for name in exported), exported

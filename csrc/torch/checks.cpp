@@ -3,9 +3,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "block_cache.h"
 
 namespace normfused::binding {
 namespace {
@@ -54,20 +52,6 @@ Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, 
   return Tensor(handle);
 }
 
-// A large fresh block costs more in page faults than in arithmetic; huge pages make them 512 times fewer. The range is
-// rounded outwards: a block from malloc's heap shares its first and last huge page with its neighbours.
-void advise_huge_pages(const Tensor& t, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  if (bytes < static_cast<int64_t>(kHugePage / 2)) return;
-  const auto address = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t begin = address & ~(kHugePage - 1);
-  const uintptr_t end = (address + bytes + kHugePage - 1) & ~(kHugePage - 1);
-  // Advice only: what is not mapped there, or a kernel without huge pages, makes no difference.
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // Not torch::stable::copy_, which looks the operator up by its name on every call (5 us).
 void copy(const Tensor& to, const Tensor& from) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
@@ -86,9 +70,8 @@ Tensor empty_dense(const Tensor& like, bool channels_last, ScalarType scalar_typ
   for (int64_t d = dim - 1; d >= 0; --d) {
     if (!(channels_last && d == 1)) next(d);
   }
-  Tensor result = empty_strided(sizes.data(), strides, dim, scalar_type, like);
-  advise_huge_pages(result, like.numel() * static_cast<int64_t>(like.element_size()));
-  return result;
+  return empty_cached(sizes.data(), strides, dim, scalar_type, like,
+                      like.numel() * static_cast<int64_t>(like.element_size()));
 }
 
 bool parse_dtype(ScalarType scalar_type, Dtype& dtype) {

@@ -1,4 +1,5 @@
 // Every operator's schema. Gradients that are not asked for come back as empty tensors.
+#include "block_cache.h"
 #include "operators.h"
 
 namespace normfused::cpu {
@@ -39,6 +40,9 @@ STABLE_TORCH_LIBRARY(normfused, m) {
   // What the CPU kernels run on; tests go through every set that the machine has.
   m.def("cpu_instruction_set() -> str");
   m.def("use_cpu_instruction_set(str name) -> ()");
+  // The memory that is kept for outputs.
+  m.def("empty_cache() -> int");
+  m.def("set_cache_limit(int bytes) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(normfused, CPU, m) {
@@ -51,6 +55,8 @@ STABLE_TORCH_LIBRARY_IMPL(normfused, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(normfused, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
   m.impl("use_cpu_instruction_set", TORCH_BOX(&use_cpu_instruction_set));
+  m.impl("empty_cache", TORCH_BOX(&empty_cache));
+  m.impl("set_cache_limit", TORCH_BOX(&set_cache_limit));
 }
 
 }  // namespace normfused::binding
