@@ -90,7 +90,7 @@ def test_limit():
         normfused.set_cache_limit(default)
 
 
-@pytest.mark.parametrize("wrong, error", [(-1, ValueError), ("1", TypeError), (1.5, TypeError), (None, TypeError)])
+@pytest.mark.parametrize(("wrong", "error"), [(-1, ValueError), ("1", TypeError), (1.5, TypeError), (None, TypeError)])
 def test_wrong_limit(wrong, error):
     with pytest.raises(error, match="set_cache_limit: bytes must"):
         normfused.set_cache_limit(wrong)
@@ -107,7 +107,8 @@ def test_an_output_is_a_tensor_like_any_other():
     x = large()
     y = forward(x)
     expected = torch.nn.functional.group_norm(x, 4)
-    assert y.is_contiguous() and y.untyped_storage().nbytes() == x.numel() * 4
+    assert y.is_contiguous()
+    assert y.untyped_storage().nbytes() == x.numel() * 4
     torch.testing.assert_close(pickle.loads(pickle.dumps(y)), expected)
     torch.testing.assert_close(torch.from_numpy(y.numpy()), expected)
     y += 1
