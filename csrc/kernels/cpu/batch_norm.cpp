@@ -135,7 +135,7 @@ class BatchNormForwardDriver {
   // Normalise rows of a panel that starts at element `at`.
   void apply_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p) {
     const int64_t stride = partition_.cols;
-    for_each_strip_backwards(rows, cols, [&](int64_t row, int64_t count) {
+    for_each_strip(rows, cols, [&](int64_t row, int64_t count) {
       const int64_t i = at + row * stride;
       functions_.columns.apply(x_ + i, residual_ ? residual_ + i : nullptr, y_ + i, count, cols, stride, p);
     });
@@ -354,7 +354,7 @@ class BatchNormBackwardDriver {
 
   void apply_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p) {
     const int64_t stride = partition_.cols;
-    for_each_strip_backwards(rows, cols, [&](int64_t row, int64_t count) {
+    for_each_strip(rows, cols, [&](int64_t row, int64_t count) {
       apply(functions_.columns, at + row * stride, count, cols, stride, p);
     });
   }

@@ -87,15 +87,11 @@ void sum_columns(const Functions& functions, const T* x, const T* dy, const T* r
   }
 }
 
-// Calls f(first row, rows) for strips of rows, the last first: it is what an earlier pass left in the cache.
+// Calls f(first row, rows) for strips of rows, short enough to stay in L2 between dx and dresidual.
 template <class F>
-void for_each_strip_backwards(int64_t rows, int64_t cols, F f) {
-  const int64_t strip = maximum(kTile / cols & ~int64_t{3}, 4);
-  for (int64_t left = rows; left > 0;) {
-    const int64_t count = minimum(strip, left);
-    left -= count;
-    f(left, count);
-  }
+void for_each_strip(int64_t rows, int64_t cols, F f) {
+  const int64_t strip = maximum(16384 / cols, 1);
+  for (int64_t r = 0; r < rows; r += strip) f(r, minimum(strip, rows - r));
 }
 
 // f(task) for every task in [0, tasks); in order, on this thread, where work (in elements) is not worth a second one.

@@ -199,7 +199,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     const auto apply = [this](int64_t task) {
       const ColumnParameters<A> p = this->column_parameters(task / partition_.splits);
       this->for_each_panel([&](int64_t c, int64_t cols) {
-        for_each_strip_backwards(this->row_count(task), cols, [&](int64_t row, int64_t count) {
+        for_each_strip(this->row_count(task), cols, [&](int64_t row, int64_t count) {
           const int64_t at = this->offset_of(task) + row * e_.C + c;
           this->functions_.columns.apply(x_ + at, nullptr, y_ + at, count, cols, e_.C, p.from(c));
         });
@@ -385,7 +385,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       if (!dx_) return;
       const ColumnParameters<A> p = this->column_parameters(task / partition_.splits);
       this->for_each_panel([&](int64_t c, int64_t cols) {
-        for_each_strip_backwards(this->row_count(task), cols, [&](int64_t row, int64_t count) {
+        for_each_strip(this->row_count(task), cols, [&](int64_t row, int64_t count) {
           const int64_t at = this->offset_of(task) + row * e_.C + c;
           this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx_ + at, count, cols, e_.C, p.from(c));
         });

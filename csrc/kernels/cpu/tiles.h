@@ -90,37 +90,15 @@ int64_t ahead_in_planes(const Extent& e) {
   return e.S < kLong ? e.C * e.S : kAheadBytes / sizeof(T);
 }
 
-// How many rows of columns share one load of the parameters. More than one pays where the loop does little else; for
-// the rest it would only make the code larger. (A plane's parameters are in registers anyway.)
-template <class Act, bool kResidual, class T>
-constexpr int kSharedRows = Act::kSelects && !kResidual && sizeof(T) <= 4 ? 4 : 1;
-
-template <class Act, bool kResidual, class T, class P>
-constexpr int kRowsAtOnce = 1;
-template <class Act, bool kResidual, class T, class A>
-constexpr int kRowsAtOnce<Act, kResidual, T, ColumnParameters<A>> = kSharedRows<Act, kResidual, T>;
-
-// f(parameters of column c, index of the element) for the elements of rows x cols, a vector or one at a time, kRows
-// rows together. f may see elements twice.
-template <int kRows, class T, class P, class F>
+// f(parameters of column c, index of the element) for the elements of rows x cols, a vector or one at a time. f may see
+// elements twice. Row by row: several at once would save loads of the parameters, but more streams than the processor
+// prefetches cost twice as much where the tensor is in memory.
+template <class T, class P, class F>
 NORMFUSED_INLINE void for_each_element(int64_t rows, int64_t cols, int64_t stride, const P& parameters, F f) {
-  using A = arithmetic_t<T>;
   // A copy: what is behind a reference would be read again after every store.
   const P p = parameters;
-  int64_t r = 0;
-  // Rows a multiple of 2 KiB apart: a processor that compares addresses by their last 12 bits takes the load in one for
-  // the store in another.
-  const bool alias = stride * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
-  if constexpr (kRows > 1) {
-    for (; !alias && r + kRows <= rows; r += kRows) {
-      for_each_vector_overlapping<A>(cols, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-        const auto q = p.template at<decltype(lanes)>(c);
-        for (int i = 0; i < kRows; ++i) f(q, (r + i) * stride + c);
-      });
-    }
-  }
-  for (; r < rows; ++r) {
-    for_each_vector_overlapping<A>(cols, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for_each_vector_overlapping<arithmetic_t<T>>(cols, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
       f(p.template at<decltype(lanes)>(c), r * stride + c);
     });
   }
@@ -201,12 +179,11 @@ NORMFUSED_INLINE V gradient(const T* x, const T* dy, const T* residual, int64_t 
 template <class Act, bool kResidual, class T, class P>
 void apply_tile(const T* __restrict x, const T* __restrict residual, T* __restrict y, int64_t rows, int64_t cols,
                 int64_t stride, const P& p) {
-  for_each_element<kRowsAtOnce<Act, kResidual, T, P>, T>(rows, cols, stride, p,
-                                                         [=](const auto& q, int64_t i) __attribute__((always_inline)) {
-                                                           auto z = pre_activation<kResidual>(x, residual, i, q);
-                                                           if constexpr (!Act::kSelects) z = rounded<T>(z);
-                                                           store(y + i, Act::forward(z));
-                                                         });
+  for_each_element<T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
+    auto z = pre_activation<kResidual>(x, residual, i, q);
+    if constexpr (!Act::kSelects) z = rounded<T>(z);
+    store(y + i, Act::forward(z));
+  });
 }
 
 // Adds dz = act'(z) dy, and dz (x - mean), of n adjacent elements of one channel to s and d.
@@ -228,6 +205,11 @@ void gradient_moments(const T* __restrict x, const T* __restrict dy, const T* __
   s += total[0];
   d += total[1];
 }
+
+// Rows that share one load of the sums. More than one pays where the loop does little else; for the rest it would only
+// make the code larger.
+template <class Act, bool kResidual, class T>
+constexpr int kSharedRows = Act::kSelects && !kResidual && sizeof(T) <= 4 ? 4 : 1;
 
 template <class Act, bool kResidual, int kRows, class T>
 NORMFUSED_INLINE void add_gradient_rows(const T* x, const T* dy, const T* residual, int64_t cols, int64_t stride,
@@ -274,20 +256,19 @@ void column_gradient_moments(const T* __restrict x, const T* __restrict dy, cons
 template <class Act, bool kResidual, bool kStatistics, class T, class P>
 void backward_tile(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, T* __restrict dx,
                    int64_t rows, int64_t cols, int64_t stride, const P& p) {
-  for_each_element<kRowsAtOnce<Act, kResidual, T, P>, T>(
-      rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
-        using V = lane_type<decltype(q.mean)>;
-        V g = gradient<Act, kResidual>(x, dy, residual, i, q) * q.scale;
-        if constexpr (kStatistics) g -= q.outer * (q.offset + (load<V>(x + i) - q.mean) * q.slope);
-        store(dx + i, g);
-      });
+  for_each_element<T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
+    using V = lane_type<decltype(q.mean)>;
+    V g = gradient<Act, kResidual>(x, dy, residual, i, q) * q.scale;
+    if constexpr (kStatistics) g -= q.outer * (q.offset + (load<V>(x + i) - q.mean) * q.slope);
+    store(dx + i, g);
+  });
 }
 
 // dresidual = dz.
 template <class Act, class T, class P>
 void residual_gradient_tile(const T* __restrict x, const T* __restrict dy, const T* __restrict residual,
                             T* __restrict dresidual, int64_t rows, int64_t cols, int64_t stride, const P& p) {
-  for_each_element<1, T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
+  for_each_element<T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
     store(dresidual + i, gradient<Act, true>(x, dy, residual, i, q));
   });
 }
