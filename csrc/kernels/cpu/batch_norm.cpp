@@ -397,14 +397,13 @@ class BatchNormBackwardDriver {
                       sums + c, sums + cols + c);
         }
       });
+      double *sums = workspace_.partial, *deviations = sums + cols;
+      add_partials(sums, partition_.tasks, 2 * cols);
       for (int64_t c = 0; c < e_.C; ++c) {
         double total = 0, total_deviation = 0;
-        for (int64_t task = 0; task < partition_.tasks; ++task) {
-          const double* sums = workspace_.partial + task * 2 * cols;
-          for (int64_t i = c; i < cols; i += e_.C) {
-            total += sums[i];
-            total_deviation += sums[cols + i];
-          }
+        for (int64_t i = c; i < cols; i += e_.C) {
+          total += sums[i];
+          total_deviation += deviations[i];
         }
         p.set(c, cols, e_.C, finish_sums(c, total, total_deviation));
       }

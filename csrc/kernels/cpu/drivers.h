@@ -87,6 +87,15 @@ void sum_columns(const Functions& functions, const T* x, const T* dy, const T* r
   }
 }
 
+// Adds the sums of the other tasks, n each, to those of the first.
+inline void add_partials(double* sums, int64_t tasks, int64_t n) {
+  for (int64_t task = 1; task < tasks; ++task) {
+    const double* other = sums + task * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) sums[i] += other[i];
+  }
+}
+
 // Calls f(first row, rows) for strips of rows, short enough to stay in L2 between dx and dresidual.
 template <class F>
 void for_each_strip(int64_t rows, int64_t cols, F f) {

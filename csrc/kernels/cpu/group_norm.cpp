@@ -363,14 +363,11 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       });
     };
     const auto finish_sample = [this](int64_t n) {
+      double* sums = partial_ + n * partition_.splits * 2 * e_.C;
+      add_partials(sums, partition_.splits, 2 * e_.C);
       for (int64_t c = 0; c < e_.C; ++c) {
-        double total = 0, total_deviation = 0;
-        for (int64_t task = n * partition_.splits; task < (n + 1) * partition_.splits; ++task) {
-          total += partial_[task * 2 * e_.C + c];
-          total_deviation += partial_[task * 2 * e_.C + e_.C + c];
-        }
-        sum_dz(n, c) = total;
-        sum_dz_deviation(n, c) = total_deviation;
+        sum_dz(n, c) = sums[c];
+        sum_dz_deviation(n, c) = sums[e_.C + c];
       }
       for (int64_t g = 0; g < G_; ++g) {
         A offset, slope;
