@@ -10,7 +10,7 @@ elsewhere); torch.compile knows only Function.apply.
 
 import torch
 
-from . import ops, reference
+from . import backends, reference
 
 
 class BatchNormActFunction(torch.autograd.Function):
@@ -18,11 +18,12 @@ class BatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, options):
-        """``options``: (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)."""
-        y, mean, invstd = ops.batch_norm_act(x, weight, bias, residual, *options, None)
-        ctx.options = options[3:]
+        """``options``: (backend, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)."""
+        backend, *arguments = options
+        y, mean, invstd = backends.operators(backend).batch_norm_act(x, weight, bias, residual, *arguments, None)
+        ctx.options = backend, options[4], *options[6:]
         # Without an activation the gradient does not depend on z, hence not on bias and residual.
-        if options[6] is None:
+        if options[7] is None:
             bias = residual = None
         ctx.save_for_backward(x, weight, bias, residual)
         # Nobody else holds these, so that nothing can change them: no need for autograd's guard.
@@ -33,14 +34,14 @@ class BatchNormActFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, residual = ctx.saved_tensors
         mean, invstd = ctx.statistics
-        training, _, eps, activation = ctx.options
+        backend, training, eps, activation = ctx.options
         need_dx, need_dweight, need_dbias, need_dresidual, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             dx, dweight, dbias, dresidual = reference.batch_norm_act_backward(
                 dy, x, weight, bias, residual, mean, invstd, training, eps, activation
             )
         else:
-            dx, dweight, dbias, dresidual = ops.batch_norm_act_backward(
+            dx, dweight, dbias, dresidual = backends.operators(backend).batch_norm_act_backward(
                 dy,
                 x,
                 weight,
@@ -72,21 +73,22 @@ class GroupNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, options):
-        """``options``: (num_groups, eps, activation)."""
-        y, mean, rstd = ops.group_norm_act(x, weight, bias, *options)
+        """``options``: (backend, num_groups, eps, activation)."""
+        backend, *arguments = options
+        y, mean, rstd = backends.operators(backend).group_norm_act(x, weight, bias, *arguments)
         ctx.options = options
-        ctx.save_for_backward(x, weight, None if options[2] is None else bias, mean, rstd)
+        ctx.save_for_backward(x, weight, None if options[3] is None else bias, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        num_groups, eps, activation = ctx.options
+        backend, num_groups, eps, activation = ctx.options
         need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             dx, dweight, dbias = reference.group_norm_act_backward(dy, x, weight, bias, num_groups, eps, activation)
         else:
-            dx, dweight, dbias = ops.group_norm_act_backward(
+            dx, dweight, dbias = backends.operators(backend).group_norm_act_backward(
                 dy, x, weight, bias, mean, rstd, num_groups, activation, need_dx, need_dweight, need_dbias
             )
         return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None
