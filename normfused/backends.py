@@ -50,17 +50,19 @@ def operators(backend):
     return _operators[backend]
 
 
-# Constants to torch.compile, which could neither trace the warning nor guard on the dictionaries that they are kept in.
-@torch.compiler.assume_constant_result
 def _decision(device_type):
     return _decided.get(device_type) or _decide(device_type)
 
 
-@torch.compiler.assume_constant_result
 def _refusal(device_type):
     if device_type not in _triton_refused:
         _triton_refused[device_type] = _why_not_triton(device_type) or ""
     return _triton_refused[device_type]
+
+
+# Constants to torch.compile, which could neither trace the warning nor guard on the dictionaries that they are kept in:
+# all that torch.compiler.assume_constant_result does, but for importing torch._dynamo and triton (a second).
+_decision._dynamo_marked_constant = _refusal._dynamo_marked_constant = True
 
 
 def _decide(device_type):

@@ -290,7 +290,7 @@ def forward_kernel(
         x + base, begin, end, columns, exists, N, C, S, rows, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C
     )
     if GROUPED:
-        group_mean = tl.sum(tl.where(exists, mean, 0.0), 0) / group
+        group_mean = tl.sum(mean, 0) / group
         d = mean - group_mean
         m2 = tl.sum(tl.where(exists, m2 + count * d * d, 0.0), 0) + tl.zeros([BLOCK_C], tl.float64)
         mean = group_mean + tl.zeros([BLOCK_C], tl.float64)
@@ -326,7 +326,7 @@ def _gradient_sums(
         dz = activations.backward(z, tl.load(dy + offset, mask=mask, other=0.0).to(ACC), ACTIVATION)
         dz = tl.where(mask, dz, 0.0)
         s1 += dz
-        s2 += tl.where(mask, dz * (values - mean[None, :]), 0.0)
+        s2 += dz * (values - mean[None, :])
     return tl.sum(s1, 0).to(tl.float64), tl.sum(s2, 0).to(tl.float64)
 
 
