@@ -18,7 +18,7 @@ class BatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, options):
-        """``options``: (backend, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)."""
+        """options: (backend, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)."""
         backend, *arguments = options
         y, mean, invstd = backends.operators(backend).batch_norm_act(x, weight, bias, residual, *arguments, None)
         ctx.options = backend, options[4], *options[6:]
@@ -73,7 +73,7 @@ class GroupNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, options):
-        """``options``: (backend, num_groups, eps, activation)."""
+        """options: (backend, num_groups, eps, activation)."""
         backend, *arguments = options
         y, mean, rstd = backends.operators(backend).group_norm_act(x, weight, bias, *arguments)
         ctx.options = options

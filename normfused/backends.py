@@ -1,6 +1,6 @@
 """Which backend serves which tensor, and why.
 
-"extension": our C++ operators. "triton": our operators in Triton. "torch": PyTorch's own operators, composed (native.py).
+"extension": our C++ operators. "triton": the same operators in Triton. "torch": PyTorch's own, composed (native.py).
 """
 
 import contextlib

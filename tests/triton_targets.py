@@ -99,7 +99,9 @@ def variants(architecture):
 
 
 def main(backend, architecture):
-    target = GPUTarget(backend, int(architecture) if backend == "cuda" else architecture, 32 if backend == "cuda" else 64)
+    target = GPUTarget(
+        backend, int(architecture) if backend == "cuda" else architecture, 32 if backend == "cuda" else 64
+    )
     for name, extent, dtype, absent, constants in variants(architecture):
         compiled = triton.compile(
             source(getattr(stages, name), EXTENTS[extent], dtype, absent, **constants), target=target

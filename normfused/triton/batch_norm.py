@@ -3,8 +3,8 @@
 import torch
 
 from .. import ops
-from . import drivers
 from .checks import check, check_activation, check_input, check_per_channel, dense, like_input, statistics_dtype
+from .drivers import run_backward, run_evaluation, run_forward
 from .plan import Extent
 
 
@@ -104,7 +104,7 @@ def batch_norm_act(
     weight, bias = dense(weight), dense(bias)
     extent = _extent(x, memory_format)
     if not training:
-        drivers.evaluate(
+        run_evaluation(
             x,
             residual,
             weight,
@@ -126,7 +126,7 @@ def batch_norm_act(
         if running_mean is not None:
             counter = num_batches_tracked if momentum is None else None
             running = dense(running_mean), dense(running_var), counter, momentum or 0.0
-        drivers.forward(x, residual, weight, bias, y, mean, invstd, extent, eps, activation, running)
+        run_forward(x, residual, weight, bias, y, mean, invstd, extent, eps, activation, running)
         if running is not None:
             for statistic, written in ((running_mean, running[0]), (running_var, running[1])):
                 if written is not statistic:
@@ -177,7 +177,7 @@ def batch_norm_act_backward(
         dweight.zero_()
         dbias.zero_()
     else:
-        drivers.backward(
+        run_backward(
             dy,
             x,
             residual,

@@ -2,7 +2,7 @@
 
 import torch
 
-from .launch import groups, halves, programs, tiles, wrap_triton
+from .launch import groups, halves, on_device, programs, tiles, wrap_triton
 from .plan import APPLY_TILES, FINISH_COLUMNS, FINISH_ROWS, divide_up, plan
 from .stages import (
     apply_kernel,
@@ -27,7 +27,8 @@ def _finish_grid(extent):
     return (extent.B * divide_up(extent.G, FINISH_COLUMNS),)
 
 
-def forward(x, residual, weight, bias, y, mean, rstd, extent, eps, activation, running=None):
+@on_device
+def run_forward(x, residual, weight, bias, y, mean, rstd, extent, eps, activation, running=None):
     """Statistics of the batch, then y.
 
     ``running``: None or (running_mean, running_var, num_batches_tracked, momentum), all to be moved; a counter that is
@@ -54,7 +55,7 @@ def forward(x, residual, weight, bias, y, mean, rstd, extent, eps, activation, r
             **statistics,
             **tiles(extent, p),
             **groups(extent),
-            GROUPED=extent.G != extent.C,
+            GROUPED=bool(extent.G != extent.C),
             ACTIVATION=activation,
         )
         return
@@ -73,7 +74,8 @@ def forward(x, residual, weight, bias, y, mean, rstd, extent, eps, activation, r
     _apply(x, residual, weight, bias, mean, rstd, None, None, y, extent, p, eps, activation)
 
 
-def evaluate(x, residual, weight, bias, running_mean, running_var, y, mean, invstd, extent, eps, activation):
+@on_device
+def run_evaluation(x, residual, weight, bias, running_mean, running_var, y, mean, invstd, extent, eps, activation):
     """y with the running statistics, of which ``mean`` and ``invstd`` are made."""
     _apply(x, residual, weight, bias, running_mean, running_var, mean, invstd, y, extent, plan(extent), eps, activation)
 
@@ -97,10 +99,13 @@ def _apply(x, residual, weight, bias, mean, rstd, saved_mean, saved_rstd, y, ext
     )
 
 
-def backward(dy, x, residual, weight, bias, mean, rstd, dx, dweight, dbias, dresidual, extent, statistics, activation):
+@on_device
+def run_backward(
+    dy, x, residual, weight, bias, mean, rstd, dx, dweight, dbias, dresidual, extent, statistics, activation
+):
     """The gradients that are not None. ``statistics``: mean and rstd are functions of x."""
     p = plan(extent)
-    grouped = extent.G != extent.C
+    grouped = bool(extent.G != extent.C)
     values = extent.N * extent.S * (extent.C // extent.G)
     # The sums of a channel over several samples are added in a launch of their own.
     several = extent.B > 1 or grouped

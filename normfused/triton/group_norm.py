@@ -3,8 +3,8 @@
 import torch
 
 from .. import ops
-from . import drivers
 from .checks import check, check_activation, check_input, check_per_channel, dense, like_input, statistics_dtype
+from .drivers import run_backward, run_forward
 from .plan import Extent
 
 
@@ -65,7 +65,7 @@ def group_norm_act(
         rstd.zero_()
     else:
         extent = _extent(x, num_groups, memory_format)
-        drivers.forward(x, None, dense(weight), dense(bias), y, mean, rstd, extent, eps, activation)
+        run_forward(x, None, dense(weight), dense(bias), y, mean, rstd, extent, eps, activation)
     return y, mean, rstd
 
 
@@ -102,7 +102,7 @@ def group_norm_act_backward(
         dweight.zero_()
         dbias.zero_()
     else:
-        drivers.backward(
+        run_backward(
             dy,
             x,
             None,

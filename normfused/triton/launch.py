@@ -1,6 +1,8 @@
 """What every launch shares."""
 
+import contextlib
 import ctypes
+import functools
 import math
 
 import torch
@@ -14,6 +16,18 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def wrap_triton(kernel):
     """torch.library.wrap_triton, by which torch.compile sees the kernel; an interpreted kernel as it is."""
     return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
+def on_device(function):
+    """Make the device of a function's first argument the current one: that is where Triton launches."""
+
+    @functools.wraps(function)
+    def guarded(tensor, *args, **kwargs):
+        index = tensor.device.index
+        with contextlib.nullcontext() if index is None else torch.accelerator.device_index(index):
+            return function(tensor, *args, **kwargs)
+
+    return guarded
 
 
 def halves(name, value):

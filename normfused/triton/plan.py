@@ -82,7 +82,7 @@ def _plan(extent, channels, block_c, fused):
         block_s = min(next_power_of_2(s), max(TILE // block_c, 1))
         block_n = 1 if n == 1 else max(TILE // (block_c * block_s), 1)
         tiles = divide_up(n, block_n) * divide_up(s, block_s)
-    wide = n * c * s > MAX_NARROW
+    wide = bool(n * c * s > MAX_NARROW)
     blocks = divide_up(c, channels)
     return Plan(channels_last, block_n, block_s, block_c, channels, blocks, tiles, tiles, 1, fused, wide)
 
