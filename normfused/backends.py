@@ -24,8 +24,8 @@ _override: str | None = None
 # By device type: the backend that serves it by default, and why use_backend("triton") cannot be honoured ("": it can).
 _decided: dict[str, str] = {}
 _triton_refused: dict[str, str] = {}
-# The operators of the backends that have some; Triton's are imported when they are first needed.
-_operators = {"extension": ops}
+# The operators of "extension" and, once imported, "triton", by the names that they have in ops.py.
+OPERATORS = {"extension": ops}
 
 
 def choose(tensor) -> str:
@@ -43,11 +43,6 @@ def choose(tensor) -> str:
             )
         return _override
     return _decision(tensor.device.type)
-
-
-def operators(backend):
-    """The operators of "extension" or "triton", by the names that they have in ops.py."""
-    return _operators[backend]
 
 
 def _decision(device_type):
@@ -82,7 +77,7 @@ def _preference(device_type):
     if device_type not in _TRITON_DEVICES:
         return "torch", why_not
     why_not_triton = _why_not_triton(device_type)
-    if why_not_triton is None and _operators["triton"].INTERPRETED:
+    if why_not_triton is None and OPERATORS["triton"].INTERPRETED:
         why_not_triton = "TRITON_INTERPRET is set, and interpreted kernels are for debugging: unset it"
     if why_not_triton is None:
         return "triton", why_not
@@ -102,7 +97,7 @@ def _why_not_extension(device_type):
 
 def _import_triton():
     """Import Triton's operators; returns why that cannot be, with the cure, or None."""
-    if "triton" in _operators:
+    if "triton" in OPERATORS:
         return None
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
@@ -110,14 +105,14 @@ def _import_triton():
         from . import triton
     except (ImportError, AttributeError) as error:
         return f"Triton's operators need triton >= 3.4 and torch >= 2.10, and do not import: {error!r}"
-    _operators["triton"] = triton
+    OPERATORS["triton"] = triton
     return None
 
 
 def _why_not_triton(device_type):
     """Why Triton cannot serve a device type, with the cure; None if it can."""
     why_not = _import_triton()
-    if why_not is not None or device_type == "meta" or _operators["triton"].INTERPRETED:
+    if why_not is not None or device_type == "meta" or OPERATORS["triton"].INTERPRETED:
         return why_not
     if device_type not in _TRITON_DEVICES:
         return (

@@ -111,9 +111,9 @@ def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activ
                 or (bias is not None and bias.requires_grad)
             )
         ):
-            return backends.operators(backend).group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
+            return backends.OPERATORS[backend].group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
         apply = GroupNormActFunction.apply if compiling else group_norm_act_eager
-        return apply(input, weight, bias, (backend, num_groups, eps, activation))
+        return apply(input, weight, bias, (num_groups, eps, activation, backend))
     except RuntimeError:
         # The operator found something wrong: say it with the type of exception that PyTorch has for it.
         _raise(_group_norm_error(input, num_groups, activation))
@@ -174,9 +174,9 @@ def _batch_norm_act(
                 or (residual is not None and residual.requires_grad)
             )
         ):
-            return backends.operators(backend).batch_norm_act(input, weight, bias, residual, *arguments, None)[0]
+            return backends.OPERATORS[backend].batch_norm_act(input, weight, bias, residual, *arguments, None)[0]
         apply = BatchNormActFunction.apply if compiling else batch_norm_act_eager
-        return apply(input, weight, bias, residual, (backend, *arguments))
+        return apply(input, weight, bias, residual, (*arguments, backend))
     except RuntimeError:
         # The operator found something wrong: say it with the type of exception that PyTorch has for it.
         _raise(_batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, None))

@@ -42,7 +42,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """The interpreter takes milliseconds for what a kernel does in microseconds: of each test's parametrisations it
     runs those in which two parameters have values that they did not have together before."""
-    if WHY_NOT["triton"] is not None or not backends.operators("triton").INTERPRETED:
+    if WHY_NOT["triton"] is not None or not backends.OPERATORS["triton"].INTERPRETED:
         return
     chosen, seen = set(), {}
     # In an order that only looks random, so that the parameters do not change one at a time.

@@ -4,7 +4,10 @@ Run without TRITON_INTERPRET: ``python triton_targets.py cuda 90``.
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -73,29 +76,39 @@ def source(kernel, extent, dtype, absent, **chosen):
 
 def variants(architecture):
     """(kernel's name, extent's name, dtype, absent pointers, constants)."""
-    entries = [name for name in vars(stages) if name.endswith("_kernel")]
-    training = ("residual", "dresidual", "num_batches_tracked", "saved_mean", "saved_rstd")
-    dtypes = TYPES if architecture == "90" else ["bfloat16"]
-    for name in entries:
-        absent = [argument for argument in training if name == "apply_kernel" or not argument.startswith("saved")]
-        for dtype in dtypes:
-            for extent in EXTENTS if dtype == "bfloat16" else ["contiguous"]:
-                grouped = extent == "grouped"
-                moved = ["running_mean", "running_var"] if grouped else ["partial"] if name == "backward_kernel" else []
-                columns = {"BLOCK_C": 32} if name == "parameter_gradients_kernel" else {}
-                yield name, extent, dtype, [*absent, *moved], columns
-    if architecture == "90":
-        # What else changes the code: evaluation, cumulative averages, a residual, 64-bit offsets, the activations.
-        yield "apply_kernel", "contiguous", "float32", ["residual"], {}
-        yield "forward_kernel", "channels_last", "float16", [], {}
-        for name in ("backward_apply_kernel", "backward_kernel"):
-            yield name, "channels_last", "float16", ["partial"], {"STATISTICS": False}
-        for name in ("forward_kernel", "stats_kernel", "apply_kernel", "backward_kernel", "backward_apply_kernel"):
-            yield name, "contiguous", "float32", training[:3], {"WIDE": True}
-        for activation in (None, "relu", "silu", "hardswish", "sigmoid", "leaky_relu"):
-            for dtype in ("float32", "float64"):
-                yield "backward_reduce_kernel", "contiguous", dtype, training, {"ACTIVATION": activation}
-                yield "apply_kernel", "contiguous", dtype, training, {"ACTIVATION": activation}
+    training = ["residual", "dresidual", "num_batches_tracked"]
+    for name in (name for name in vars(stages) if name.endswith("_kernel")):
+        absent = [*training, "saved_mean", "saved_rstd"] if name == "apply_kernel" else training
+        constants = {"BLOCK_C": 32} if name == "parameter_gradients_kernel" else {}
+        for dtype in TYPES if architecture == "90" else ["bfloat16"]:
+            tiled = dtype == "bfloat16" and architecture == "90" and name not in FINISH
+            for extent in EXTENTS if tiled else ["contiguous"]:
+                grouped = ["running_mean", "running_var"] if extent == "grouped" else []
+                single = ["partial"] if name == "backward_kernel" and not grouped else []
+                yield name, extent, dtype, [*absent, *grouped, *single], constants
+    if architecture != "90":
+        return
+    # What else changes the code: evaluation, cumulative averages and a residual, 64-bit offsets, the activations.
+    yield "apply_kernel", "contiguous", "float32", ["residual"], {}
+    yield "forward_kernel", "channels_last", "float16", [], {}
+    yield "backward_kernel", "channels_last", "float16", ["partial"], {"STATISTICS": False}
+    yield "forward_kernel", "contiguous", "float32", training, {"WIDE": True}
+    yield "backward_kernel", "channels_last", "float32", training, {"WIDE": True}
+    for activation in (None, "relu", "silu", "hardswish", "sigmoid", "leaky_relu"):
+        for dtype in ("float32", "float64"):
+            yield "backward_apply_kernel", "contiguous", dtype, training, {"ACTIVATION": activation}
+        yield "apply_kernel", "contiguous", "float64", training, {"ACTIVATION": activation}
+
+
+def resources(cubin):
+    """{"registers": of a thread, "spilled": bytes of a thread} of a CUDA binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", report)[1]) for what in ("REG", "STACK", "LOCAL"))
+    return {"registers": registers, "spilled": stack + local}
 
 
 def main(backend, architecture):
@@ -116,6 +129,8 @@ def main(backend, architecture):
             "binary": len(compiled.asm.get("cubin") or compiled.asm.get("hsaco")),
             "wide_loads": assembly.count("ld.global.v4") + assembly.count("global_load_dwordx4"),
         }
+        if backend == "cuda":
+            facts |= resources(compiled.asm["cubin"])
         print(json.dumps(facts), flush=True)
 
 
