@@ -65,8 +65,24 @@ def fused(case):
     return functional, (weight, bias)
 
 
-# The one whose ratios are reported comes last.
-PROVIDERS = {"eager": eager, "compile": compiled, "normfused": fused}
+def triton(case):
+    """What ``fused`` runs, served by normfused's Triton kernels."""
+    layer, parameters = fused(case)
+
+    def served(x):
+        with normfused.use_backend("triton"):
+            return layer(x)
+
+    return served, parameters
+
+
+# Triton takes part where there is a GPU: its interpreter is nothing to time. Whose ratios are reported comes last.
+PROVIDERS = {
+    "eager": eager,
+    "compile": compiled,
+    **({"triton": triton} if torch.accelerator.is_available() else {}),
+    "normfused": fused,
+}
 
 
 def call(layer, parameters, x, dy, mode):

@@ -97,10 +97,11 @@ def losing(rows):
     """Rows of normfused that are slower than the better of eager and compile, the worst first."""
     found = []
     for row in rows:
-        if row["provider"] == OURS and row["failure"] is None and row["ratio"]:
-            peer = min(row["ratio"], key=row["ratio"].get)
-            if row["ratio"][peer] < 1:
-                found.append((row["ratio"][peer], peer, row))
+        if row["provider"] == OURS and row["failure"] is None:
+            ratios = {peer: row["ratio"][peer] for peer in PEERS if peer in row["ratio"]}
+            peer = min(ratios, key=ratios.get, default=None)
+            if peer is not None and ratios[peer] < 1:
+                found.append((ratios[peer], peer, row))
     return sorted(found, key=lambda item: item[0])
 
 

@@ -10,7 +10,8 @@ elsewhere); torch.compile knows only Function.apply.
 
 import torch
 
-from . import ops, reference
+from . import reference
+from .backends import OPERATORS
 
 
 class BatchNormActFunction(torch.autograd.Function):
@@ -18,8 +19,9 @@ class BatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, options):
-        """``options``: (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)."""
-        y, mean, invstd = ops.batch_norm_act(x, weight, bias, residual, *options, None)
+        """options: (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, backend)."""
+        operators = OPERATORS[options[7]]
+        y, mean, invstd = operators.batch_norm_act(x, weight, bias, residual, *options[:7], None)
         ctx.options = options[3:]
         # Without an activation the gradient does not depend on z, hence not on bias and residual.
         if options[6] is None:
@@ -33,14 +35,14 @@ class BatchNormActFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, residual = ctx.saved_tensors
         mean, invstd = ctx.statistics
-        training, _, eps, activation = ctx.options
+        training, _, eps, activation, backend = ctx.options
         need_dx, need_dweight, need_dbias, need_dresidual, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             dx, dweight, dbias, dresidual = reference.batch_norm_act_backward(
                 dy, x, weight, bias, residual, mean, invstd, training, eps, activation
             )
         else:
-            dx, dweight, dbias, dresidual = ops.batch_norm_act_backward(
+            dx, dweight, dbias, dresidual = OPERATORS[backend].batch_norm_act_backward(
                 dy,
                 x,
                 weight,
@@ -72,8 +74,8 @@ class GroupNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, options):
-        """``options``: (num_groups, eps, activation)."""
-        y, mean, rstd = ops.group_norm_act(x, weight, bias, *options)
+        """options: (num_groups, eps, activation, backend)."""
+        y, mean, rstd = OPERATORS[options[3]].group_norm_act(x, weight, bias, *options[:3])
         ctx.options = options
         ctx.save_for_backward(x, weight, None if options[2] is None else bias, mean, rstd)
         return y
@@ -81,12 +83,12 @@ class GroupNormActFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        num_groups, eps, activation = ctx.options
+        num_groups, eps, activation, backend = ctx.options
         need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             dx, dweight, dbias = reference.group_norm_act_backward(dy, x, weight, bias, num_groups, eps, activation)
         else:
-            dx, dweight, dbias = ops.group_norm_act_backward(
+            dx, dweight, dbias = OPERATORS[backend].group_norm_act_backward(
                 dy, x, weight, bias, mean, rstd, num_groups, activation, need_dx, need_dweight, need_dbias
             )
         return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None

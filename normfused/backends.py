@@ -1,9 +1,10 @@
 """Which backend serves which tensor, and why.
 
-"extension": our C++ operators. "torch": PyTorch's own operators, composed (native.py).
+"extension": our C++ operators. "triton": the same operators in Triton. "torch": PyTorch's own, composed (native.py).
 """
 
 import contextlib
+import importlib.util
 import platform
 import warnings
 
@@ -12,42 +13,75 @@ import torch
 from . import ops
 from .version import __version__
 
-BACKENDS = ("extension", "torch")
+BACKENDS = ("extension", "triton", "torch")
 
-# Device types our operators have kernels for; what remains is served by PyTorch's own operators.
+# Device types that our C++ operators have kernels for.
 _EXTENSION_DEVICES = ("cpu", "meta")
+# Device types that Triton compiles for; "cuda" is AMD's name too.
+_TRITON_DEVICES = ("cuda", "xpu")
 
 _override: str | None = None
+# By device type: the backend that serves it by default, and why use_backend("triton") cannot be honoured ("": it can).
 _decided: dict[str, str] = {}
+_triton_refused: dict[str, str] = {}
+# The operators of "extension" and, once imported, "triton", by the names that they have in ops.py.
+OPERATORS = {"extension": ops}
 
 
 def choose(tensor) -> str:
     """The backend that serves ``tensor``; decided once per device type, overridden by use_backend."""
     if _override is not None:
-        if _override == "extension" and tensor.device.type not in _EXTENSION_DEVICES:
+        device_type = tensor.device.type
+        why_not = None
+        if _override == "extension" and device_type not in _EXTENSION_DEVICES:
+            why_not = _why_not_extension(device_type)
+        elif _override == "triton":
+            why_not = _refusal(device_type)
+        if why_not:
             raise RuntimeError(
-                f'use_backend("extension") cannot be honoured for a tensor on {tensor.device}: '
-                f"{_why_not_extension(tensor.device.type)}"
+                f'use_backend("{_override}") cannot be honoured for a tensor on {tensor.device}: {why_not}'
             )
         return _override
     return _decision(tensor.device.type)
 
 
-# A constant to torch.compile, which could neither trace the warning nor guard on the dictionary that it is kept in.
-@torch.compiler.assume_constant_result
 def _decision(device_type):
     return _decided.get(device_type) or _decide(device_type)
 
 
+def _refusal(device_type):
+    if device_type not in _triton_refused:
+        _triton_refused[device_type] = _why_not_triton(device_type) or ""
+    return _triton_refused[device_type]
+
+
+# Constants to torch.compile, which could neither trace the warning nor guard on the dictionaries that they are kept in:
+# all that torch.compiler.assume_constant_result does, but for importing torch._dynamo and triton (a second).
+_decision._dynamo_marked_constant = _refusal._dynamo_marked_constant = True
+
+
 def _decide(device_type):
+    backend, why_not = _preference(device_type)
+    _decided[device_type] = backend
+    if backend != "extension" and device_type != "meta":
+        by = "normfused's Triton kernels" if backend == "triton" else "PyTorch's own operators, at their speed"
+        warnings.warn(f"normfused: tensors on {device_type} are served by {by}: {why_not}", stacklevel=5)
+    return backend
+
+
+def _preference(device_type):
+    """(backend, why it is not the one before it) for a device type without use_backend."""
     why_not = _why_not_extension(device_type)
-    _decided[device_type] = "extension" if why_not is None else "torch"
-    if why_not is not None and device_type != "meta":
-        warnings.warn(
-            f"normfused: tensors on {device_type} are served by PyTorch's own operators, at their speed: {why_not}",
-            stacklevel=5,
-        )
-    return _decided[device_type]
+    if why_not is None:
+        return "extension", None
+    if device_type not in _TRITON_DEVICES:
+        return "torch", why_not
+    why_not_triton = _why_not_triton(device_type)
+    if why_not_triton is None and OPERATORS["triton"].INTERPRETED:
+        why_not_triton = "TRITON_INTERPRET is set, and interpreted kernels are for debugging: unset it"
+    if why_not_triton is None:
+        return "triton", why_not
+    return "torch", f"{why_not}; {why_not_triton}"
 
 
 def _why_not_extension(device_type):
@@ -61,9 +95,50 @@ def _why_not_extension(device_type):
     return None
 
 
+def _import_triton():
+    """Import Triton's operators; returns why that cannot be, with the cure, or None."""
+    if "triton" in OPERATORS:
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    try:
+        from . import triton
+    except (ImportError, AttributeError) as error:
+        return f"Triton's operators need triton >= 3.4 and torch >= 2.10, and do not import: {error!r}"
+    OPERATORS["triton"] = triton
+    return None
+
+
+def _why_not_triton(device_type):
+    """Why Triton cannot serve a device type, with the cure; None if it can."""
+    why_not = _import_triton()
+    if why_not is not None or device_type == "meta" or OPERATORS["triton"].INTERPRETED:
+        return why_not
+    if device_type not in _TRITON_DEVICES:
+        return (
+            f"Triton does not compile for {device_type}; to interpret its kernels, slowly, set TRITON_INTERPRET=1 "
+            "before Python starts"
+        )
+    try:
+        import triton
+
+        target = triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        # Whatever a driver raises that is not there or does not load.
+        return f"Triton has no driver for {device_type}: {error}"
+    if target.backend == "cuda" and target.arch < 70:
+        return f"Triton compiles for compute capability 7.0 and above, this GPU has {target.arch / 10}"
+    if device_type == "xpu" and not torch.xpu.get_device_properties().has_fp64:
+        return "this GPU has no float64, in which the Triton kernels combine their sums"
+    return None
+
+
 @contextlib.contextmanager
 def use_backend(name):
-    """Serve every fused layer in the block by the backend called ``name`` ("extension" or "torch"), in all threads.
+    """Serve every fused layer in the block by one backend, in all threads.
+
+    Args:
+        name: "extension", "triton" or "torch".
 
     Raises:
         ValueError: no backend of that name.
@@ -72,8 +147,9 @@ def use_backend(name):
     global _override
     if name not in BACKENDS:
         raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    if name == "extension" and not ops.LOADED:
-        raise RuntimeError(f'use_backend("extension") cannot be honoured: {ops.WHY_NOT}')
+    why_not = {"extension": lambda: ops.WHY_NOT, "triton": _import_triton, "torch": lambda: None}[name]()
+    if why_not is not None:
+        raise RuntimeError(f'use_backend("{name}") cannot be honoured: {why_not}')
     previous, _override = _override, name
     try:
         yield
@@ -86,6 +162,24 @@ def cuda_info():
     return {"built": False, "archs": [], "why_not": ops.BUILD.get("cuda_why_not", ops.WHY_NOT)}
 
 
+def _triton_info(devices, served):
+    """{"installed": version or None, "used": whether it serves a device here, "why_not": why it does not}"""
+    try:
+        import triton
+
+        installed = triton.__version__
+    except ImportError:
+        installed = None
+    used = "triton" in served.values()
+    why_not = None
+    if not used:
+        gpus = [device for device in devices if device in _TRITON_DEVICES]
+        why_not = _import_triton() or "there is no GPU here that Triton compiles for"
+        if gpus:
+            why_not = _why_not_triton(gpus[0]) or _preference(gpus[0])[1] or "the extension serves this GPU"
+    return {"installed": installed, "used": used, "why_not": why_not}
+
+
 def info() -> dict:
     """What is built, what runs, and why.
 
@@ -94,15 +188,10 @@ def info() -> dict:
         "cuda": {"built", "archs", "why_not"}, "triton": {"installed", "used", "why_not"},
         "backend": {device type: name}}
     """
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     devices = ["cpu"]
     if torch.accelerator.is_available():
         devices.append(torch.accelerator.current_accelerator().type)
+    served = {device: _override or _preference(device)[0] for device in devices}
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -114,12 +203,6 @@ def info() -> dict:
             "why_not": ops.WHY_NOT,
         },
         "cuda": cuda_info(),
-        "triton": {
-            "installed": triton_version,
-            "used": False,
-            "why_not": "this version of normfused has no Triton kernels",
-        },
-        "backend": {
-            device: _override or ("extension" if _why_not_extension(device) is None else "torch") for device in devices
-        },
+        "triton": _triton_info(devices, served),
+        "backend": served,
     }

@@ -3,7 +3,7 @@
 import torch
 from torch.autograd import forward_ad
 
-from . import backends, native, ops
+from . import backends, native
 from .autograd import (
     BatchNormActFunction,
     GroupNormActFunction,
@@ -95,7 +95,8 @@ def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activ
     """
     if input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
         input = input.float()
-    by_torch = _is_transformed() or backends.choose(input) == "torch"
+    backend = "torch" if _is_transformed() else backends.choose(input)
+    by_torch = backend == "torch"
     compiling = torch.compiler.is_compiling()
     if by_torch or compiling or input.is_meta:
         _raise(_group_norm_error(input, num_groups, activation))
@@ -110,9 +111,9 @@ def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activ
                 or (bias is not None and bias.requires_grad)
             )
         ):
-            return ops.group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
+            return backends.OPERATORS[backend].group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
         apply = GroupNormActFunction.apply if compiling else group_norm_act_eager
-        return apply(input, weight, bias, (num_groups, eps, activation))
+        return apply(input, weight, bias, (num_groups, eps, activation, backend))
     except RuntimeError:
         # The operator found something wrong: say it with the type of exception that PyTorch has for it.
         _raise(_group_norm_error(input, num_groups, activation))
@@ -135,7 +136,8 @@ def _batch_norm_act(
 ):
     """batch_norm_act that also keeps ``num_batches_tracked``; momentum=None then averages cumulatively."""
     # PyTorch takes a one-dimensional input if it is empty.
-    by_torch = _is_transformed() or backends.choose(input) == "torch" or input.dim() < 2
+    backend = "torch" if _is_transformed() or input.dim() < 2 else backends.choose(input)
+    by_torch = backend == "torch"
     compiling = torch.compiler.is_compiling()
     if by_torch or compiling or pre_activation is not None or input.is_meta:
         error = _batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, pre_activation)
@@ -161,7 +163,7 @@ def _batch_norm_act(
         )
     if pre_activation is not None:
         input = native.activate(input, pre_activation)
-    options = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)
+    arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)
     try:
         if not (
             torch.is_grad_enabled()
@@ -172,9 +174,9 @@ def _batch_norm_act(
                 or (residual is not None and residual.requires_grad)
             )
         ):
-            return ops.batch_norm_act(input, weight, bias, residual, *options, None)[0]
+            return backends.OPERATORS[backend].batch_norm_act(input, weight, bias, residual, *arguments, None)[0]
         apply = BatchNormActFunction.apply if compiling else batch_norm_act_eager
-        return apply(input, weight, bias, residual, options)
+        return apply(input, weight, bias, residual, (*arguments, backend))
     except RuntimeError:
         # The operator found something wrong: say it with the type of exception that PyTorch has for it.
         _raise(_batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, None))

@@ -72,15 +72,17 @@ def drawn_until_smooth(draw, z_of, activation):
     raise AssertionError("no draw keeps away from the kinks")
 
 
-def check(function, values):
+def check(function, values, backend):
     present = [t for t in values if t is not None]
 
     def of_present(*arguments):
         remaining = iter(arguments)
         return function(*(None if t is None else next(remaining) for t in values))
 
-    assert gradcheck(of_present, present)
-    assert gradgradcheck(of_present, present, atol=1e-4)
+    # Where a call takes long, along random directions instead of element by element.
+    fast = backend == "triton"
+    assert gradcheck(of_present, present, fast_mode=fast)
+    assert gradgradcheck(of_present, present, atol=1e-4, fast_mode=fast)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_batch_norm(backend, shape, layout, training, has_weight, has_bias, has_
         statistics = mean.clone(), var.clone()
         return batch_norm_act(x, *statistics, weight, bias, training, eps=EPS, activation=activation, residual=residual)
 
-    check(function, drawn_until_smooth(draw, z_of, activation))
+    check(function, drawn_until_smooth(draw, z_of, activation), backend)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_group_norm(backend, shape, layout, groups, has_weight, has_bias, activa
     def function(x, weight, bias):
         return group_norm_act(x, groups, weight, bias, EPS, activation=activation)
 
-    check(function, drawn_until_smooth(draw, z_of, activation))
+    check(function, drawn_until_smooth(draw, z_of, activation), backend)
 
 
 @pytest.mark.parametrize("pre_activation_name", [name for name in ACTIVATIONS if name is not None])
@@ -142,7 +144,7 @@ def test_activation_before_the_norm(backend, pre_activation_name):
             x, None, None, training=True, eps=EPS, activation="silu", pre_activation=pre_activation_name
         )
 
-    check(function, drawn_until_smooth(draw, lambda values: values[0], pre_activation_name))
+    check(function, drawn_until_smooth(draw, lambda values: values[0], pre_activation_name), backend)
 
 
 @pytest.mark.parametrize("wanted", range(1, 15))
