@@ -19,12 +19,13 @@ from normfused.triton.plan import Extent, plan
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 X = ("x", "residual", "y", "dy", "dx", "dresidual")
 FINISH = ("stats_finish_kernel", "backward_finish_kernel", "parameter_gradients_kernel")
-# Shapes by the layout that they stand for; the last has planes that are not a multiple of anything.
+# Shapes by the layout that they stand for; Triton makes a constant of an integer that is 1.
 EXTENTS = {
     "contiguous": Extent(1, 32, 96, 784, 96, False),
     "channels_last": Extent(1, 32, 96, 784, 96, True),
     "small planes": Extent(1, 32, 960, 49, 960, False),
     "grouped": Extent(8, 1, 320, 4096, 32, False),
+    "ones": Extent(1, 1, 1, 1024, 1, False),
 }
 
 
@@ -54,7 +55,13 @@ def source(kernel, extent, dtype, absent, **chosen):
         "G": extent.G,
         "group": group,
         "channels": p.channels,
+        "blocks": p.blocks,
         "splits": p.splits,
+        "split_tiles": p.split_tiles,
+        "tiles": p.tiles,
+        "B": extent.B,
+        "values": extent.N * extent.S * group,
+        "stride": extent.B * p.splits * extent.C,
     }
     element, wide = TYPES[dtype], "fp64" if dtype == "float64" else "fp32"
     signature, constexprs, attributes = {}, {}, {}
@@ -63,7 +70,7 @@ def source(kernel, extent, dtype, absent, **chosen):
             signature[name], constexprs[name] = "constexpr", 1 if integers.get(name) == 1 else constants.get(name)
         elif name.endswith(("_high", "_low")):
             signature[name] = "fp32"
-        elif name in integers or name in ("stride", "blocks", "split_tiles", "tiles", "values", "B"):
+        elif name in integers:
             signature[name] = "i32"
         elif name == "num_batches_tracked":
             signature[name] = "*i64"
@@ -81,8 +88,10 @@ def variants(architecture):
         absent = [*training, "saved_mean", "saved_rstd"] if name == "apply_kernel" else training
         constants = {"BLOCK_C": 32} if name == "parameter_gradients_kernel" else {}
         for dtype in TYPES if architecture == "90" else ["bfloat16"]:
-            tiled = dtype == "bfloat16" and architecture == "90" and name not in FINISH
-            for extent in EXTENTS if tiled else ["contiguous"]:
+            every = dtype == "bfloat16" and architecture == "90"
+            for extent in (
+                EXTENTS if every and name not in FINISH else ("contiguous", "ones") if every else ["contiguous"]
+            ):
                 grouped = ["running_mean", "running_var"] if extent == "grouped" else []
                 single = ["partial"] if name == "backward_kernel" and not grouped else []
                 yield name, extent, dtype, [*absent, *grouped, *single], constants

@@ -14,6 +14,8 @@ TILE = 2048
 NUM_WARPS = 4
 # Channels of a channels_last tile: 128 bytes or more of 16-bit values side by side.
 CHANNELS = 64
+# Small planes of a contiguous tile, at most.
+PLANES = 8
 # Programs that fill a large GPU several times over.
 PROGRAMS = 512
 # Fewer units than this leave a GPU idle, unless there is little work anyway: their reduction is split.
@@ -87,24 +89,26 @@ def _plan(extent, channels, block_c, fused):
     return Plan(channels_last, block_n, block_s, block_c, channels, blocks, tiles, tiles, 1, fused, wide)
 
 
+def _channels_side_by_side(c, s, channels_last):
+    """Channels of a tile that need not end where a group does."""
+    most = CHANNELS if channels_last else min(TILE // min(next_power_of_2(s), TILE), PLANES)
+    return min(next_power_of_2(c), most)
+
+
 def plan(extent):
     """The Plan for a non-empty Extent: one program per unit (channel block or group), or a split reduction."""
     b, _, c, s, g, channels_last = extent
     # A plane of one element, or a single channel, is laid out as columns are.
     if s == 1 or c == 1:
         extent, channels_last = extent._replace(channels_last=True), True
-    group = c // g
-    if group == 1:
-        # Small planes go several to a tile.
-        most = CHANNELS if channels_last else min(TILE // min(next_power_of_2(s), TILE), 8)
-        block_c = min(next_power_of_2(c), most)
-        fused = _plan(extent, block_c, block_c, True)
+    block_c = _channels_side_by_side(c, s, channels_last)
+    if c == g:
+        unit = _plan(extent, block_c, block_c, True)
     else:
-        fused = _plan(extent, group, next_power_of_2(group), True)
-    if fused.tiles <= SMALL_TILES or b * fused.blocks >= MIN_UNITS:
-        if fused.block_n * fused.block_s * fused.block_c <= TILE:
-            return fused
-    block_c = min(next_power_of_2(c), CHANNELS if channels_last else min(TILE // min(next_power_of_2(s), TILE), 8))
+        unit = _plan(extent, c // g, next_power_of_2(c // g), True)
+    fits = unit.block_n * unit.block_s * unit.block_c <= TILE
+    if fits and (unit.tiles <= SMALL_TILES or b * unit.blocks >= MIN_UNITS):
+        return unit
     split = _plan(extent, block_c, block_c, False)
     wanted = divide_up(PROGRAMS, b * split.blocks)
     return split.divided(max(split.tiles // wanted, min(MIN_SPLIT_TILES, split.tiles)))
