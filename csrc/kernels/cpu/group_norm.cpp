@@ -184,15 +184,24 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
       });
     };
     const auto finish_sample = [this](int64_t n) {
+      // Into the first task's columns, then into groups: all channels have the same count.
+      const int64_t first = n * partition_.splits;
+      double *mean = partial_ + first * 2 * e_.C, *m2 = mean + e_.C;
+      int64_t count = this->row_count(first);
+      for (int64_t task = first + 1; task < first + partition_.splits; ++task) {
+        const double* other = partial_ + task * 2 * e_.C;
+        combine_columns(e_.C, count, mean, m2, this->row_count(task), other, other + e_.C);
+        count += this->row_count(task);
+      }
       for (int64_t g = 0; g < G_; ++g) {
-        WelfordData data;
+        double average = 0, total = 0;
+        for (int64_t c = g * D_; c < (g + 1) * D_; ++c) average += mean[c];
+        average /= D_;
         for (int64_t c = g * D_; c < (g + 1) * D_; ++c) {
-          for (int64_t task = n * partition_.splits; task < (n + 1) * partition_.splits; ++task) {
-            const double* mean = partial_ + task * 2 * e_.C;
-            data.combine({static_cast<double>(this->row_count(task)), mean[c], mean[e_.C + c]});
-          }
+          const double deviation = mean[c] - average;
+          total += m2[c] + deviation * deviation * count;
         }
-        finish_statistics(n * G_ + g, data);
+        finish_statistics(n * G_ + g, {static_cast<double>(count * D_), average, total});
       }
       this->fill_sample_arrays(n);
     };

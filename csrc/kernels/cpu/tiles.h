@@ -119,7 +119,8 @@ NORMFUSED_INLINE void accumulate(int64_t n, double (&sums)[kSums], F add) {
   A rest[kSums] = {};
   for (; i < n; ++i) add(i, rest);
   for (int j = 0; j < kSums; ++j) {
-    sums[j] += sum_of_lanes((streams[0][j] + streams[1][j]) + (streams[2][j] + streams[3][j])) + rest[j];
+    const V all = (streams[0][j] + streams[1][j]) + (streams[2][j] + streams[3][j]);
+    sums[j] += static_cast<double>(sum_of_lanes<A, kLanes<A>>(all)) + rest[j];
   }
 }
 

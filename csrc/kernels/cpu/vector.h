@@ -106,12 +106,18 @@ NORMFUSED_INLINE void for_each_vector_overlapping(int64_t n, F f) {
   for (; i < n; ++i) f(i, A{});
 }
 
-NORMFUSED_INLINE double sum_of_lanes(double value) { return value; }
-template <class V>
-NORMFUSED_INLINE double sum_of_lanes(V v) {
-  double sum = 0;
-  for (int i = 0; i < Lanes<V>::kCount; ++i) sum += v[i];
-  return sum;
+// The sum of a vector's lanes, halves added to halves.
+template <class A, int kCount>
+NORMFUSED_INLINE A sum_of_lanes(const typename VectorOf<A, kCount>::type& v) {
+  if constexpr (kCount == 2) {
+    return v[0] + v[1];
+  } else {
+    using Half = typename VectorOf<A, kCount / 2>::type;
+    Half low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_of_lanes<A, kCount / 2>(low + high);
+  }
 }
 
 }  // namespace
