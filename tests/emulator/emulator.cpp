@@ -27,7 +27,12 @@ NORMFUSED_WEAK void* __tsan_create_fiber(unsigned flags);
 NORMFUSED_WEAK void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 NORMFUSED_WEAK void __tsan_acquire(void* address);
 NORMFUSED_WEAK void __tsan_release(void* address);
+NORMFUSED_WEAK void AnnotateIgnoreWritesBegin(const char* file, int line);
+NORMFUSED_WEAK void AnnotateIgnoreWritesEnd(const char* file, int line);
 #undef NORMFUSED_WEAK
+
+// What the threads of a kernel that failed own is never freed.
+const char* __asan_default_options() { return "detect_leaks=0"; }
 }
 
 #ifdef __x86_64__
@@ -403,6 +408,7 @@ std::string Machine::deadlock() {
 
 void Machine::fail(const std::string& what) {
   error = std::string("kernel ") + config_.name + ": " + what;
+  release(&end_token_);
   switch_fiber(current->fiber, &main_, /*for_good=*/true);
   std::abort();
 }
@@ -423,7 +429,10 @@ void Machine::arrive(Barrier* barrier, unsigned first_warp, unsigned warps, cons
   } else {
     barrier->arrived = 0;
     ++barrier->phase;
+    // No write of this thread's, though it may be done by a memset that ThreadSanitizer sees.
+    if (with_tsan()) AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
     std::fill_n(ready_.begin() + first_warp, warps, ~0u);
+    if (with_tsan()) AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     yield(/*waiting=*/false);
   }
   acquire(token);
@@ -519,10 +528,10 @@ void Machine::exit_thread() {
   if (std::memcmp(current->fiber->stack, &kStackCanary, sizeof(kStackCanary)) != 0) fail("stack overflow");
   ready_[current->warp] &= ~(1u << current->lane());
   block.warps[current->thread.x / kWarp].exited |= 1u << current->lane();
-  release(&end_token_);
   release(&block.exit_token);
   --alive_;
   if (--block.alive == 0) exit_block(&block);
+  release(&end_token_);
 }
 
 void Machine::exit_block(Block* block) {
