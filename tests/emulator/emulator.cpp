@@ -588,7 +588,6 @@ Status Machine::run(const void* kernel, const LaunchConfig& config, void (*body)
   context_ = context;
   error.clear();
   main_.tsan = with_tsan() ? __tsan_get_current_fiber() : nullptr;
-  release(&launch_token_);
 
   const unsigned clusters = config.grid_x / config.cluster * config.grid_y;
   order_.resize(clusters);
@@ -605,6 +604,7 @@ Status Machine::run(const void* kernel, const LaunchConfig& config, void (*body)
     for (unsigned i = 0; i < resident; ++i) {
       start_block(first_slot_ + i, order_[first + i / config.cluster], i % config.cluster);
     }
+    release(&launch_token_);
     const bool last_first = schedule == Schedule::warp && seed % 2;
     current = pick(last_first ? ready_.size() - 1 : 0, 0);
     if (current->fiber == nullptr) current->fiber = take_fiber();
