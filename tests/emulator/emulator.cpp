@@ -272,6 +272,7 @@ Machine& machine() {
 
 void Machine::switch_fiber(Fiber* from, Fiber* to, bool for_good) {
   previous_ = from;
+  release(&end_token_);  // Should the launch fail, the fiber ends here.
   if (__sanitizer_start_switch_fiber) {
     __sanitizer_start_switch_fiber(for_good ? nullptr : &from->asan_fake_stack, to->asan_bottom, to->asan_size);
   }
@@ -408,7 +409,6 @@ std::string Machine::deadlock() {
 
 void Machine::fail(const std::string& what) {
   error = std::string("kernel ") + config_.name + ": " + what;
-  release(&end_token_);
   switch_fiber(current->fiber, &main_, /*for_good=*/true);
   std::abort();
 }
@@ -531,7 +531,6 @@ void Machine::exit_thread() {
   release(&block.exit_token);
   --alive_;
   if (--block.alive == 0) exit_block(&block);
-  release(&end_token_);
 }
 
 void Machine::exit_block(Block* block) {
