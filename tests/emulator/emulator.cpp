@@ -263,14 +263,11 @@ class Machine {
   char launch_token_, end_token_;
 };
 
-Machine& machine() {
-  static Machine instance;
-  return instance;
-}
+Machine machine;
 
 // --- Switching
 
-void Machine::switch_fiber(Fiber* from, Fiber* to, bool for_good) {
+__forceinline__ void Machine::switch_fiber(Fiber* from, Fiber* to, bool for_good) {
   previous_ = from;
   release(&end_token_);  // Should the launch fail, the fiber ends here.
   if (__sanitizer_start_switch_fiber) {
@@ -281,7 +278,7 @@ void Machine::switch_fiber(Fiber* from, Fiber* to, bool for_good) {
   finish_switch(from);
 }
 
-void Machine::finish_switch(Fiber* self) {
+__forceinline__ void Machine::finish_switch(Fiber* self) {
   if (__sanitizer_finish_switch_fiber) {
     __sanitizer_finish_switch_fiber(self->asan_fake_stack, &previous_->asan_bottom, &previous_->asan_size);
   }
@@ -305,7 +302,7 @@ Fiber* Machine::take_fiber() {
 }
 
 void Machine::fiber_entry() {
-  Machine& self = machine();
+  Machine& self = machine;
   self.finish_switch(self.current->fiber);
   self.run_threads();
 }
@@ -330,7 +327,7 @@ void Machine::run_threads() {
   }
 }
 
-void Machine::go_to(Thread* thread) {
+__forceinline__ void Machine::go_to(Thread* thread) {
   Thread* self = current;
   if (thread == self) return;
   if (thread->fiber == nullptr) thread->fiber = take_fiber();
@@ -372,7 +369,7 @@ Thread* Machine::next() {
 }
 
 // The running thread cannot go on before another one marks it as ready.
-void Machine::wait() {
+__forceinline__ void Machine::wait() {
   ready_[current->warp] &= ~(1u << current->lane());
   Thread* thread = next();
   if (thread == nullptr) fail(deadlock());
@@ -627,60 +624,60 @@ Status Machine::run(const void* kernel, const LaunchConfig& config, void (*body)
 // --- The interface ---------------------------------------------------------------------------------------------------
 
 void set_schedule(Schedule schedule, uint64_t seed) {
-  machine().schedule = schedule;
-  machine().seed = seed;
-  machine().random.seed(seed);
+  machine.schedule = schedule;
+  machine.seed = seed;
+  machine.random.seed(seed);
 }
 
-void set_limits(const DeviceLimits& limits) { machine().limits = limits; }
-const std::vector<Launch>& launches() { return machine().launches; }
-void clear_launches() { machine().launches.clear(); }
+void set_limits(const DeviceLimits& limits) { machine.limits = limits; }
+const std::vector<Launch>& launches() { return machine.launches; }
+void clear_launches() { machine.launches.clear(); }
 
-const Here& here() { return *machine().current; }
+const Here& here() { return *machine.current; }
 
 Status run(const void* kernel, const LaunchConfig& config, void (*body)(void*), void* context) {
-  return machine().run(kernel, config, body, context);
+  return machine.run(kernel, config, body, context);
 }
 
 void block_barrier(Site site) {
-  Block& block = *machine().current->home;
-  machine().arrive(&block.barrier, block.first_warp, block.warps.size(), site);
+  Block& block = *machine.current->home;
+  machine.arrive(&block.barrier, block.first_warp, block.warps.size(), site);
 }
 
 void cluster_barrier(Site site) {
-  Block& first = machine().block(machine().current->home->cluster_slot);
-  machine().arrive(&first.cluster_barrier, first.first_warp, first.warps.size() * first.cluster_size, site);
+  Block& first = machine.block(machine.current->home->cluster_slot);
+  machine.arrive(&first.cluster_barrier, first.first_warp, first.warps.size() * first.cluster_size, site);
 }
 
 uint64_t warp_exchange(WarpOperation operation, unsigned mask, unsigned source_lane, uint64_t value, Site site) {
-  return machine().warp_exchange(operation, mask, source_lane, value, site);
+  return machine.warp_exchange(operation, mask, source_lane, value, site);
 }
 
-void yield(bool waiting) { machine().yield(waiting); }
+void yield(bool waiting) { machine.yield(waiting); }
 
 void* peer_shared(const void* shared, int rank, Site site) {
-  const Block& block = *machine().current->home;
+  const Block& block = *machine.current->home;
   const size_t offset = static_cast<const unsigned char*>(shared) - block.bytes();
-  if (offset > block.shared_bytes) machine().fail(describe(site) + ": not an address in the block's shared memory");
-  if (rank < 0 || rank >= int(block.cluster_size)) machine().fail(describe(site) + ": no rank " + std::to_string(rank));
-  return machine().block(block.cluster_slot + rank).bytes() + offset;
+  if (offset > block.shared_bytes) machine.fail(describe(site) + ": not an address in the block's shared memory");
+  if (rank < 0 || rank >= int(block.cluster_size)) machine.fail(describe(site) + ": no rank " + std::to_string(rank));
+  return machine.block(block.cluster_slot + rank).bytes() + offset;
 }
 
 void async_begin(AsyncCopy copy, Site site) {
-  Thread& thread = *machine().current;
+  Thread& thread = *machine.current;
   const auto destination = reinterpret_cast<uintptr_t>(copy.destination),
              source = reinterpret_cast<uintptr_t>(copy.source);
-  if (destination % 16 != 0 || source % 16 != 0) machine().fail(describe(site) + ": not aligned to 16 bytes");
+  if (destination % 16 != 0 || source % 16 != 0) machine.fail(describe(site) + ": not aligned to 16 bytes");
   const size_t offset = destination - reinterpret_cast<uintptr_t>(thread.block->shared);
   if (offset + 16 > thread.home->shared_bytes || offset + 16 < 16)
-    machine().fail(describe(site) + ": not into the block's shared memory");
+    machine.fail(describe(site) + ": not into the block's shared memory");
   thread.copies.push_back({copy, thread.groups_closed});
 }
 
-void async_close_group() { ++machine().current->groups_closed; }
+void async_close_group() { ++machine.current->groups_closed; }
 
 bool async_next(int groups, AsyncCopy* copy) {
-  Thread& thread = *machine().current;
+  Thread& thread = *machine.current;
   if (thread.copies_landed == thread.copies.size()) return false;
   const auto& [oldest, group] = thread.copies[thread.copies_landed];
   if (group >= thread.groups_closed - groups) return false;
@@ -696,7 +693,7 @@ bool async_next(int groups, AsyncCopy* copy) {
 
 namespace normfused::cuda {
 
-const char* status_message(Status status) { return status == 0 ? "no error" : emulator::machine().error.c_str(); }
+const char* status_message(Status status) { return status == 0 ? "no error" : emulator::machine.error.c_str(); }
 
 Status current_device(int* device) {
   *device = 0;
@@ -704,7 +701,7 @@ Status current_device(int* device) {
 }
 
 Status device_limits(int device, DeviceLimits* limits) {
-  *limits = emulator::machine().limits;
+  *limits = emulator::machine.limits;
   return device == 0 ? 0 : emulator::kInvalidDevice;
 }
 

@@ -103,7 +103,7 @@ void async_close_group();
 bool async_next(int groups, AsyncCopy* copy);
 
 template <class T>
-T shuffle(T value, unsigned mask, unsigned source_lane, Site site) {
+__forceinline__ T shuffle(T value, unsigned mask, unsigned source_lane, Site site) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
@@ -139,22 +139,23 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate, NORMFUSED_CALLER) {
   return static_cast<unsigned>(bits);
 }
 
+// Segments of width lanes, a power of two, are on their own.
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, NORMFUSED_CALLER) {
-  const unsigned segment = threadIdx.x % 32 / width * width;
-  return normfused::emulator::shuffle(value, mask, segment + source % width, {"__shfl_sync", file, line});
+__forceinline__ T __shfl_sync(unsigned mask, T value, int source, int width = 32, NORMFUSED_CALLER) {
+  const unsigned segment = threadIdx.x % 32 & -width;
+  return normfused::emulator::shuffle(value, mask, segment + (source & (width - 1)), {"__shfl_sync", file, line});
 }
 
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, NORMFUSED_CALLER) {
-  const unsigned lane = threadIdx.x % 32, end = lane / width * width + width;
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, NORMFUSED_CALLER) {
+  const unsigned lane = threadIdx.x % 32, end = (lane & -width) + width;
   const unsigned source = lane + delta < end ? lane + delta : lane;
   return normfused::emulator::shuffle(value, mask, source, {"__shfl_down_sync", file, line});
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, NORMFUSED_CALLER) {
-  const unsigned lane = threadIdx.x % 32, end = lane / width * width + width;
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, NORMFUSED_CALLER) {
+  const unsigned lane = threadIdx.x % 32, end = (lane & -width) + width;
   const unsigned source = (lane ^ lane_mask) < end ? lane ^ lane_mask : lane;
   return normfused::emulator::shuffle(value, mask, source, {"__shfl_xor_sync", file, line});
 }
