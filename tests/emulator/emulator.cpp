@@ -1,132 +1,28 @@
 // Runs grids on the CPU, one fiber per thread. Threads of one launch never run at the same time; which one goes on is
 // decided here, wherever a thread waits, so that a run can be repeated.
 //
-// Compiled without sanitizers, linked with or without: their runtimes are asked for at run time. AddressSanitizer is
-// told what of shared memory is accessible, ThreadSanitizer that every thread is one, ordered by barriers alone.
+// Compiled without sanitizers, linked with or without. AddressSanitizer is told what of shared memory is accessible,
+// ThreadSanitizer that every thread is one, ordered by barriers and atomics alone.
 #include "../../csrc/kernels/cuda/device.cuh"
+#include "fiber.h"
 
-#include <cstdlib>
 #include <deque>
 #include <mutex>
 #include <numeric>
 #include <random>
 #include <string>
 
-#ifndef __x86_64__
-#include <ucontext.h>
-#endif
-
-extern "C" {
-#define NORMFUSED_WEAK __attribute__((weak))
-NORMFUSED_WEAK void __sanitizer_start_switch_fiber(void** fake_stack_save, const void* bottom, size_t size);
-NORMFUSED_WEAK void __sanitizer_finish_switch_fiber(void* fake_stack, const void** old_bottom, size_t* old_size);
-NORMFUSED_WEAK void __asan_poison_memory_region(const volatile void* address, size_t size);
-NORMFUSED_WEAK void __asan_unpoison_memory_region(const volatile void* address, size_t size);
-NORMFUSED_WEAK void* __tsan_get_current_fiber();
-NORMFUSED_WEAK void* __tsan_create_fiber(unsigned flags);
-NORMFUSED_WEAK void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-NORMFUSED_WEAK void __tsan_acquire(void* address);
-NORMFUSED_WEAK void __tsan_release(void* address);
-NORMFUSED_WEAK void AnnotateIgnoreWritesBegin(const char* file, int line);
-NORMFUSED_WEAK void AnnotateIgnoreWritesEnd(const char* file, int line);
-#undef NORMFUSED_WEAK
-
 // What the threads of a kernel that failed own is never freed.
-const char* __asan_default_options() { return "detect_leaks=0"; }
-}
-
-#ifdef __x86_64__
-// Saves the registers that a call preserves on the stack, and that stack's pointer in *from; goes on where `to` did so.
-extern "C" void normfused_switch_stack(void** from, void* to);
-#endif
+extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
 
 namespace normfused::emulator {
 namespace {
 
 constexpr unsigned kWarp = cuda::kWarp;
-// An odd number of cache lines, lest the hot ends of all stacks share a few cache sets.
-constexpr size_t kStackBytes = (64 << 10) + 13 * 64;
-constexpr uint64_t kStackCanary = 0x9e3779b97f4a7c15;
 constexpr size_t kRedzone = 256;
 constexpr size_t kSharedAlignment = 128;
 constexpr unsigned char kPoison = 0xff;  // a NaN in every floating-point type
 constexpr Status kInvalidConfiguration = 9, kInvalidDevice = 101, kCooperativeTooLarge = 720, kLaunchFailure = 719;
-
-bool with_tsan() { return __tsan_create_fiber != nullptr; }
-void acquire(void* token) {
-  if (with_tsan()) __tsan_acquire(token);
-}
-void release(void* token) {
-  if (with_tsan()) __tsan_release(token);
-}
-void poison_for_asan(void* address, size_t size) {
-  if (__asan_poison_memory_region) __asan_poison_memory_region(address, size);
-}
-void unpoison_for_asan(void* address, size_t size) {
-  if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(address, size);
-}
-
-// --- Fibers ----------------------------------------------------------------------------------------------------------
-
-struct Fiber {
-#ifdef __x86_64__
-  void* stack_pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-  unsigned char* stack = nullptr;  // null: the fiber that called run()
-  const void* asan_bottom = nullptr;
-  size_t asan_size = 0;
-  void* asan_fake_stack = nullptr;
-  void* tsan = nullptr;
-};
-
-#ifdef __x86_64__
-asm(R"(
-.text
-.p2align 4
-.local normfused_switch_stack
-.type normfused_switch_stack, @function
-normfused_switch_stack:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size normfused_switch_stack, .-normfused_switch_stack
-)");
-
-// The next switch to the fiber calls entry().
-void prepare(Fiber* fiber, void (*entry)()) {
-  auto* top = reinterpret_cast<void**>(fiber->stack + kStackBytes / 16 * 16);
-  *--top = nullptr;  // where entry would return to
-  *--top = reinterpret_cast<void*>(entry);
-  for (int saved_register = 0; saved_register < 6; ++saved_register) *--top = nullptr;
-  fiber->stack_pointer = top;
-}
-
-void switch_stack(Fiber* from, Fiber* to) { normfused_switch_stack(&from->stack_pointer, to->stack_pointer); }
-#else
-void prepare(Fiber* fiber, void (*entry)()) {
-  getcontext(&fiber->context);
-  fiber->context.uc_stack.ss_sp = fiber->stack;
-  fiber->context.uc_stack.ss_size = kStackBytes;
-  fiber->context.uc_link = nullptr;
-  makecontext(&fiber->context, entry, 0);
-}
-
-void switch_stack(Fiber* from, Fiber* to) { swapcontext(&from->context, &to->context); }
-#endif
 
 // --- Blocks ----------------------------------------------------------------------------------------------------------
 
@@ -144,7 +40,6 @@ struct Thread : Here {
   Fiber* fiber;   // null before the first step
   Site site;      // where it waits or last waited
   // The warp primitive it waits in.
-  WarpOperation operation;
   unsigned mask, source_lane;
   uint64_t value, result;
   // Copies in flight, oldest first, with the group of each.
@@ -244,8 +139,6 @@ class Machine {
   Fiber* take_fiber();
   static void fiber_entry();
   [[noreturn]] void run_threads();
-  void switch_fiber(Fiber* from, Fiber* to, bool for_good = false);
-  void finish_switch(Fiber* self);
 
   LaunchConfig config_;
   void (*body_)(void*);
@@ -259,52 +152,27 @@ class Machine {
   std::deque<Fiber> fibers_;
   std::vector<Fiber*> free_fibers_;
   Fiber main_;
-  Fiber* previous_ = nullptr;  // the fiber that the last switch left
-  char launch_token_, end_token_;
+  char launch_token_;
 };
 
 Machine machine;
 
-// --- Switching
-
-__forceinline__ void Machine::switch_fiber(Fiber* from, Fiber* to, bool for_good) {
-  previous_ = from;
-  release(&end_token_);  // Should the launch fail, the fiber ends here.
-  if (__sanitizer_start_switch_fiber) {
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &from->asan_fake_stack, to->asan_bottom, to->asan_size);
-  }
-  if (with_tsan()) __tsan_switch_to_fiber(to->tsan, /*no synchronisation*/ 1);
-  switch_stack(from, to);
-  finish_switch(from);
-}
-
-__forceinline__ void Machine::finish_switch(Fiber* self) {
-  if (__sanitizer_finish_switch_fiber) {
-    __sanitizer_finish_switch_fiber(self->asan_fake_stack, &previous_->asan_bottom, &previous_->asan_size);
-  }
-}
+// --- Threads on fibers
 
 Fiber* Machine::take_fiber() {
   if (free_fibers_.empty()) {
-    Fiber& fiber = fibers_.emplace_back();
-    fiber.stack = static_cast<unsigned char*>(std::aligned_alloc(64, kStackBytes));
-    fiber.asan_bottom = fiber.stack;
-    fiber.asan_size = kStackBytes;
-    std::memcpy(fiber.stack, &kStackCanary, sizeof(kStackCanary));
-    if (with_tsan()) fiber.tsan = __tsan_create_fiber(0);
-    free_fibers_.push_back(&fiber);
+    allocate(&fibers_.emplace_back());
+    free_fibers_.push_back(&fibers_.back());
   }
   Fiber* fiber = free_fibers_.back();
   free_fibers_.pop_back();
-  fiber->asan_fake_stack = nullptr;
   prepare(fiber, fiber_entry);
   return fiber;
 }
 
 void Machine::fiber_entry() {
-  Machine& self = machine;
-  self.finish_switch(self.current->fiber);
-  self.run_threads();
+  finish_switch(machine.current->fiber);
+  machine.run_threads();
 }
 
 // Runs the current thread, then as many of those that have not begun as follow it: without a barrier, one stack serves
@@ -520,9 +388,8 @@ void Machine::start_block(unsigned slot, unsigned cluster, unsigned rank) {
 void Machine::exit_thread() {
   idle_turns_ = 0;
   Block& block = *current->home;
-  if (current->copies_landed != current->copies.size())
-    fail(describe(*current) + " exits before its copies have landed");
-  if (std::memcmp(current->fiber->stack, &kStackCanary, sizeof(kStackCanary)) != 0) fail("stack overflow");
+  if (!current->copies.empty()) fail(describe(*current) + " exits before its copies have landed");
+  if (overflowed(*current->fiber)) fail("stack overflow");
   ready_[current->warp] &= ~(1u << current->lane());
   block.warps[current->thread.x / kWarp].exited |= 1u << current->lane();
   release(&block.exit_token);
@@ -608,7 +475,7 @@ Status Machine::run(const void* kernel, const LaunchConfig& config, void (*body)
     // To ThreadSanitizer a thread or shared memory used again in the same launch would be the same one.
     if (with_tsan()) first_slot_ += resident;
   }
-  acquire(&end_token_);
+  acquire(&switch_token);
   if (!error.empty() || with_tsan()) {
     free_fibers_.clear();
     for (Fiber& fiber : fibers_) {
@@ -665,12 +532,13 @@ void* peer_shared(const void* shared, int rank, Site site) {
 
 void async_begin(AsyncCopy copy, Site site) {
   Thread& thread = *machine.current;
-  const auto destination = reinterpret_cast<uintptr_t>(copy.destination),
-             source = reinterpret_cast<uintptr_t>(copy.source);
-  if (destination % 16 != 0 || source % 16 != 0) machine.fail(describe(site) + ": not aligned to 16 bytes");
-  const size_t offset = destination - reinterpret_cast<uintptr_t>(thread.block->shared);
-  if (offset + 16 > thread.home->shared_bytes || offset + 16 < 16)
+  const ptrdiff_t offset = static_cast<unsigned char*>(copy.destination) - thread.home->bytes();
+  if (offset < 0 || offset + 16 > ptrdiff_t(thread.home->shared_bytes)) {
     machine.fail(describe(site) + ": not into the block's shared memory");
+  }
+  if (offset % 16 != 0 || reinterpret_cast<uintptr_t>(copy.source) % 16 != 0) {
+    machine.fail(describe(site) + ": not aligned to 16 bytes");
+  }
   thread.copies.push_back({copy, thread.groups_closed});
 }
 

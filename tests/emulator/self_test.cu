@@ -302,6 +302,9 @@ void test_warp() {
 template <Mistake kMistake = Mistake::none>
 void test_cluster() {
   const unsigned block = 64, cluster = 4, grid = 8;
+  DeviceLimits limits;
+  require(device_limits(0, &limits) == 0, "limits");
+  if (limits.max_cluster < int(cluster)) return;
   Buffer<float> x(grid * block, pattern), out(grid * block);
   if (!run(cluster_kernel<kMistake>,
            {.grid_x = grid,
@@ -463,10 +466,13 @@ void test_reports() {
     require(status != 0 && std::strstr(status_message(status), expected), expected);
     if (!found.empty()) found += std::string(", but: ") + status_message(status);
   };
+  emulator::clear_launches();
   reports("others wait at __syncthreads", diverge_kernel);
   reports("in __syncwarp (", lanes_kernel);
   reports("waits in __syncthreads", exit_kernel);
   reports("waits for global memory to change", spin_kernel, &never);
+  require(emulator::launches().size() == 4 && emulator::launches()[2].config.block == 64, "launches are recorded");
+  require(emulator::launches()[2].kernel == reinterpret_cast<const void*>(exit_kernel), "kernels are recorded");
 }
 
 struct Run {

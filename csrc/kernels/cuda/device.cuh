@@ -206,8 +206,19 @@ inline const char* status_message(Status status) { return cudaGetErrorString(sta
 
 inline Status current_device(int* device) { return cudaGetDevice(device); }
 
-// Only here to ask for the largest cluster.
 static __global__ void probe_kernel() {}
+
+// 8 is portable; whether there are more, the current device has to say.
+inline int largest_cluster() {
+  int size = 8;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = config.blockDim = dim3(1);
+  if (cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
+      cudaOccupancyMaxPotentialClusterSize(&size, probe_kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+  }
+  return size;
+}
 
 inline Status query_limits(int device, DeviceLimits* limits) {
   int major, minor, shared_per_block, shared_per_multiprocessor, shared_reserved, l2_bytes, grid_x, grid_y;
@@ -234,12 +245,8 @@ inline Status query_limits(int device, DeviceLimits* limits) {
   limits->l2_bytes = l2_bytes;
   limits->max_grid_x = grid_x;
   limits->max_grid_y = grid_y;
-  limits->max_cluster = 1;
-  if (major < 9) return cudaSuccess;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = config.blockDim = dim3(1);
-  cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  return cudaOccupancyMaxPotentialClusterSize(&limits->max_cluster, probe_kernel, &config);
+  limits->max_cluster = major >= 9 ? largest_cluster() : 1;
+  return cudaSuccess;
 }
 
 // The limits of a device, which must be the current one. Queried once.
@@ -263,9 +270,9 @@ inline Status lift_limits(const void* kernel) {
   int device;
   DeviceLimits limits;
   if (const Status status = current_device(&device)) return status;
-  if (const Status status = device_limits(device, &limits)) return status;
   const std::lock_guard lock(mutex);
   if (lifted.count({kernel, device})) return cudaSuccess;
+  if (const Status status = device_limits(device, &limits)) return status;
   const int shared_bytes = static_cast<int>(limits.shared_per_block);
   if (const Status status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) {
     return status;
