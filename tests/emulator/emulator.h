@@ -116,8 +116,11 @@ __forceinline__ T shuffle(T value, unsigned mask, unsigned source_lane, Site sit
 
 // --- CUDA's words ----------------------------------------------------------------------------------------------------
 
+using std::fma;
+using std::isfinite;
 using std::max;
 using std::min;
+using std::sqrt;
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
