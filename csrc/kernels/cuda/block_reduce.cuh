@@ -67,4 +67,16 @@ __device__ __forceinline__ Welford<A> block_welford(Welford<A> data, Welford<A>*
   return warp_welford(data);
 }
 
+// The moments of the values of a whole block, in two passes: two sums, and no division per step of a shuffle, which would
+// be slow in double. scratch: 2 * warp_count() elements.
+__device__ __forceinline__ Welford<double> block_moments(const Welford<double>& data, double* scratch) {
+  double sums[2] = {data.count, data.count * data.mean};
+  block_sum(sums, scratch);
+  const double mean = sums[0] == 0 ? 0 : sums[1] / sums[0];
+  const double delta = data.mean - mean;
+  double m2[1] = {data.count == 0 ? 0 : data.m2 + data.count * delta * delta};
+  block_sum(m2, scratch);
+  return {sums[0], mean, m2[0]};
+}
+
 }  // namespace normfused::cuda
