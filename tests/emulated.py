@@ -193,8 +193,8 @@ class Kernels:
         extent = Extent(n, c, s, FORMATS.index(layout))
         return {"dtype": DTYPES.index(x.dtype), "activation": ACTIVATIONS.index(activation), "extent": extent}
 
-    def _run(self, function, make, head, groups, backward, **fields):
-        memory, n = self._workspace(head["extent"], head["dtype"], groups, backward)
+    def _run(self, function, make, head, backward, **fields):
+        memory, n = self._workspace(head["extent"], head["dtype"], head.get("groups", 0), backward)
         tensors = {name: pointer(t) if t is None or torch.is_tensor(t) else t for name, t in fields.items()}
         self._call(function, make(**head, **tensors, workspace=memory.data_ptr() + 64))
         assert (memory[:64] == 0xFF).all(), "wrote before the workspace"
@@ -202,18 +202,18 @@ class Kernels:
 
     def batch_norm_forward(self, x, layout, activation, **fields):
         self._run(
-            self.library.batch_norm_forward, BatchNormForward, self._head(x, layout, activation), 0, False, x=x, **fields
+            self.library.batch_norm_forward, BatchNormForward, self._head(x, layout, activation), False, x=x, **fields
         )
 
     def batch_norm_backward(self, x, layout, activation, **fields):
         self._run(
-            self.library.batch_norm_backward, BatchNormBackward, self._head(x, layout, activation), 0, True, x=x, **fields
+            self.library.batch_norm_backward, BatchNormBackward, self._head(x, layout, activation), True, x=x, **fields
         )
 
     def group_norm_forward(self, x, layout, activation, groups, **fields):
-        head = self._head(x, layout, activation)
-        self._run(self.library.group_norm_forward, GroupNormForward, head, groups, False, x=x, groups=groups, **fields)
+        head = self._head(x, layout, activation) | {"groups": groups}
+        self._run(self.library.group_norm_forward, GroupNormForward, head, False, x=x, **fields)
 
     def group_norm_backward(self, x, layout, activation, groups, **fields):
-        head = self._head(x, layout, activation)
-        self._run(self.library.group_norm_backward, GroupNormBackward, head, groups, True, x=x, groups=groups, **fields)
+        head = self._head(x, layout, activation) | {"groups": groups}
+        self._run(self.library.group_norm_backward, GroupNormBackward, head, True, x=x, **fields)

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-import time
+from unittest import mock
 
 import pytest
 import torch
@@ -116,11 +116,17 @@ class Case:
         self.dy64 = torch.where(near, 0, dy).to(self.dtype).double()
         self.dy = self.place(self.dy64.to(self.dtype))
 
+    def rounding(self):
+        """Makes the float64 formulas decide by z as an element of the case's dtype."""
+        return mock.patch.object(reference, "_rounded", lambda z, _: z.to(self.dtype).double())
+
     def check(self, name, actual, expected):
         scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
         if actual.dim() == 3:
             actual = as_ncs(actual, self.layout)
-        wide = name in ("mean", "invstd", "dweight", "dbias", "running_mean", "running_var")
+        # A z that single precision rounds the other way is one element's error of a 16-bit sum.
+        selects = self.activation in (None, "relu", "relu6")
+        wide = name not in ("y", "dx", "dresidual", *(() if selects else ("dweight", "dbias")))
         check(name, actual, expected, self.wide if wide else self.dtype, scale)
 
 
@@ -160,13 +166,14 @@ def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True
         case.x, case.layout, case.activation, training=training, dy=case.dy, residual=case.residual, weight=case.weight,
         bias=case.bias, mean=mean, invstd=invstd, dx=dx, dweight=dweight, dbias=dbias, dresidual=dresidual,
     )  # fmt: skip
-    expected = reference.batch_norm_act_backward(
-        case.dy64, case.x64, weight, bias, case.residual64, mean64, (var64 + EPS).rsqrt(), training, EPS, case.activation
-    )
+    invstd64 = (var64 + EPS).rsqrt()
+    args = (case.dy64, case.x64, weight, bias, case.residual64, mean64, invstd64, training, EPS, case.activation)
+    with case.rounding():
+        expected = reference.batch_norm_act_backward(*args)
     names = ("dx", "dweight", "dbias", "dresidual")
     for name, actual, value in zip(names, (dx, dweight, dbias, dresidual), expected, strict=True):
         if actual is not None:
-            case.check(name, actual, case.dy64 * 0 + value if name == "dresidual" else value)
+            case.check(name, actual, value)
     return y, dx, dweight, dbias
 
 
@@ -192,9 +199,9 @@ def run_group_norm(kernels, case, needs=(True, True, True)):
         case.x, case.layout, case.activation, case.groups, dy=case.dy, weight=case.weight, bias=case.bias, mean=mean,
         rstd=rstd, dx=dx, dweight=dweight, dbias=dbias,
     )  # fmt: skip
-    expected = reference.group_norm_act_backward(
-        case.dy64, case.x64, weight, bias, case.groups, EPS, case.activation
-    )
+    args = (case.dy64, case.x64, weight, bias, case.groups, EPS, case.activation)
+    with case.rounding():
+        expected = reference.group_norm_act_backward(*args)
     for name, actual, value in zip(("dx", "dweight", "dbias"), (dx, dweight, dbias), expected, strict=True):
         if actual is not None:
             case.check(name, actual, value)
