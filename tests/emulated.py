@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
-FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 SOURCES = ("batch_norm.cu", "group_norm.cu", "stages.cu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu")
@@ -130,20 +130,21 @@ def compiler_or_skip():
         pytest.skip(f"no C++ compiler ({COMPILER[0]}) was found")
 
 
-def build(folder, root=ROOT, flags=(), emulator_object=None):
+def build(folder, root=ROOT, flags=("-O1",), emulator=None):
     """Compiles the kernels under ``root`` into a library in ``folder``; returns its path and the emulator's object."""
-    emulator = root / "tests/emulator"
-    flags = [*flags, "-DNORMFUSED_EMULATOR", f"-I{emulator}"]
-    if emulator_object is None:
-        emulator_object = folder / "emulator.o"
-        compile_with("-O2", "-DNORMFUSED_EMULATOR", f"-I{emulator}", "-c", emulator / "emulator.cpp", "-o", emulator_object)
-    objects = [folder / f"{Path(source).stem}.o" for source in (*SOURCES, "kernels.cpp")]
-    for source, target in zip(SOURCES, objects, strict=False):
-        compile_with(*flags, "-x", "c++", "-c", root / "csrc/kernels/cuda" / source, "-o", target)
-    compile_with(*flags, "-c", emulator / "kernels.cpp", "-o", objects[-1])
+    source = root / "tests/emulator"
+    flags = [*flags, "-DNORMFUSED_EMULATOR", f"-I{source}"]
+    if emulator is None:
+        # Never with a sanitizer.
+        emulator = folder / "emulator.o"
+        compile_with("-O2", "-DNORMFUSED_EMULATOR", f"-I{source}", "-c", source / "emulator.cpp", "-o", emulator)
+    objects = []
+    for path in (*(root / "csrc/kernels/cuda" / name for name in SOURCES), source / "kernels.cpp"):
+        objects.append(folder / f"{path.stem}.o")
+        compile_with(*flags, "-x", "c++", "-c", path, "-o", objects[-1])
     library = folder / "libkernels.so"
-    compile_with(*flags, "-shared", *objects, emulator_object, "-o", library)
-    return library, emulator_object
+    compile_with(*flags, "-shared", *objects, emulator, "-o", library)
+    return library, emulator
 
 
 def pointer(tensor):

@@ -5,11 +5,26 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from unittest import mock
 
 import pytest
 import torch
-from emulated import ACTIVATIONS, DTYPES, FORMATS, ROOT, SCHEDULES, Extent, Kernels, PlanRequest, build, compiler_or_skip
+from emulated import (
+    ACTIVATIONS,
+    COMPILER,
+    DTYPES,
+    FORMATS,
+    ROOT,
+    SCHEDULES,
+    SOURCES,
+    Extent,
+    Kernels,
+    PlanRequest,
+    build,
+    compiler_or_skip,
+)
 from emulated import limits as device_limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -458,15 +473,23 @@ def test_plans_cover_everything_once_within_the_limits(
 
 # (file, what is there, what is put there)
 MUTATIONS = {
-    "missing barrier in column_stats": ("stages.cu", "  __syncthreads();\n  const int lanes", "  const int lanes"),
+    "missing barrier before a tile's columns are combined": (
+        "stages.cu",
+        "  __syncthreads();\n  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto* partials",
+        "  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto* partials",
+    ),
     "missing barrier in block_sum": ("block_reduce.cuh", "  __syncthreads();\n  // Every warp", "  // Every warp"),
-    "one slot too many": ("elements.cuh", "view.rows * pass.slots_per_row);", "view.rows * pass.slots_per_row + 1);"),
+    "one slot too many": ("elements.cuh", "view.rows * pass.slots_per_row)", "view.rows * pass.slots_per_row + 1)"),
     "one row too few": ("elements.cuh", "row < c.end; row += step", "row + 1 < c.end; row += step"),
-    "head of a plane counted whole": ("elements.cuh", "max(-inside, int64_t(0))", "int64_t(0) * inside"),
-    "mask of unrounded z": ("elements.cuh", "kSix = 6 - 0x1p-6f", "kSix = 6"),
-    "rows of the next group": ("elements.cuh", "/ pass.row_groups : 0", "/ pass.row_groups + 1 : 0"),
-    "residual forgotten in the backward": ("stages.cu", "  if (s.residual) z += to_accumulator(residual.values[v]);\n  return activate_backward", "  return activate_backward"),
-}  # fmt: skip
+    "elements before a plane": ("elements.cuh", "max(-inside, int64_t(0))", "int64_t(0)"),
+    "mask of an unrounded z": ("elements.cuh", "kSix = 6 - 0x1p-6f", "kSix = 6"),
+    "count of another row group": ("elements.cuh", "/ pass.row_groups : 0", "/ pass.row_groups + 1 : 0"),
+    "another element's residual in the backward": (
+        "stages.cu",
+        "  if (s.residual) z += to_accumulator(residual.values[v]);\n  return activate_backward",
+        "  if (s.residual) z += to_accumulator(residual.values[0]);\n  return activate_backward",
+    ),
+}
 
 
 def selection(kernels):
@@ -480,3 +503,75 @@ def selection(kernels):
         run_group_norm(kernels, Case(shape, dtype, layout, "silu", turn, groups=1, aligned=aligned))
     for layout, s in itertools.product(FORMATS, (8, 264)):
         test_kinks(kernels, torch.bfloat16, s, layout)
+
+
+def patched(folder, file, old, new):
+    """A copy of the sources with one change."""
+    for part in ("csrc/kernels", "tests/emulator"):
+        shutil.copytree(ROOT / part, folder / part)
+    path = folder / "csrc/kernels/cuda" / file
+    source = path.read_text()
+    assert source.count(old) == 1, f"{file} has {source.count(old)} times {old!r}"
+    path.write_text(source.replace(old, new))
+    return folder
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_is_found(built, mutation, tmp_path):
+    file, old, new = MUTATIONS[mutation]
+    (tmp_path / "built").mkdir()
+    library, _ = build(tmp_path / "built", patched(tmp_path / "source", file, old, new), ["-O0"], built[1])
+    result = run_selection(library)
+    assert result.returncode != 0
+
+
+def run_selection(library, **environment):
+    """selection() in a process of its own; it may crash."""
+    code = f"from test_cuda_kernels import Kernels, selection; selection(Kernels({str(library)!r}))"
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **environment}
+    )
+
+
+def test_the_selection_passes(built):
+    result = run_selection(built[0])
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_address_and_undefined_behaviour_sanitizers(built, tmp_path):
+    flags = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    runtime = subprocess.run([*COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip(f"{COMPILER[0]} has no AddressSanitizer")
+    library, _ = build(tmp_path, flags=flags, emulator=built[1])
+    result = run_selection(library, LD_PRELOAD=runtime, ASAN_OPTIONS="detect_leaks=0")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_nvcc_compiles_without_a_warning_or_a_spill(architecture, tmp_path):
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    flags = ["-std=c++20", "-O3", f"-arch={architecture}", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra"]
+    registers = []
+    begin = time.monotonic()
+    for source in SOURCES:
+        result = subprocess.run(
+            [nvcc, *flags, "-Werror=all-warnings", "-c", ROOT / "csrc/kernels/cuda" / source, "-o", tmp_path / "out.o"],
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+        assert all(spill == ("0", "0") for spill in spills), result.stderr
+        registers += map(int, re.findall(r"Used (\d+) registers", result.stderr))
+    print(
+        f"{architecture}: {len(registers)} kernels, at most {max(registers)} registers,",
+        f"compiled in {time.monotonic() - begin:.0f} s",
+    )
+    assert 0 < len(registers) <= 250
+    assert max(registers) <= 128

@@ -90,7 +90,7 @@ __device__ __forceinline__ void channel_sum(const Pass& pass, int channel, int l
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kBlock) column_stats_kernel(Stage<T> s) {
+__global__ void __launch_bounds__(kBlock, 2) column_stats_kernel(Stage<T> s) {
   count_batch(s);
   using A = Accumulator<T>;
   const BlockWork work = block_work(s, /*backwards=*/false);
@@ -179,7 +179,7 @@ __device__ __forceinline__ A gradient(const Stage<T>& s, const ChannelParameters
 }
 
 template <class T, class Act>
-__global__ void __launch_bounds__(kBlock) plane_backward_reduce_kernel(Stage<T> s) {
+__global__ void __launch_bounds__(kBlock, 2) plane_backward_reduce_kernel(Stage<T> s) {
   using A = Accumulator<T>;
   constexpr int V = 16 / sizeof(T);
   const BlockWork work = block_work(s, /*backwards=*/false);
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kBlock) plane_backward_reduce_kernel(Stage<T> 
 }
 
 template <class T, class Act, int V>
-__global__ void __launch_bounds__(kBlock) column_backward_reduce_kernel(Stage<T> s) {
+__global__ void __launch_bounds__(kBlock, 2) column_backward_reduce_kernel(Stage<T> s) {
   using A = Accumulator<T>;
   constexpr int kRows = 2;
   const BlockWork work = block_work(s, /*backwards=*/false);
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kBlock) plane_apply_kernel(Stage<T> s) {
 }
 
 template <class T, class Act, int V>
-__global__ void __launch_bounds__(kBlock) column_apply_kernel(Stage<T> s) {
+__global__ void __launch_bounds__(kBlock, 2) column_apply_kernel(Stage<T> s) {
   using A = Accumulator<T>;
   const BlockWork work = block_work(s, /*backwards=*/true);
   const Columns<V> c(s.pass, work);
@@ -345,7 +345,7 @@ __device__ __forceinline__ void differentiate(const Stage<T>& s, const ChannelPa
 }
 
 template <class T, class Act>
-__global__ void __launch_bounds__(kBlock) plane_backward_apply_kernel(Stage<T> s) {
+__global__ void __launch_bounds__(kBlock, 2) plane_backward_apply_kernel(Stage<T> s) {
   using A = Accumulator<T>;
   constexpr int V = 16 / sizeof(T);
   const BlockWork work = block_work(s, /*backwards=*/true);
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kBlock) plane_backward_apply_kernel(Stage<T> s
 }
 
 template <class T, class Act, int V>
-__global__ void __launch_bounds__(kBlock) column_backward_apply_kernel(Stage<T> s) {
+__global__ void __launch_bounds__(kBlock, 2) column_backward_apply_kernel(Stage<T> s) {
   using A = Accumulator<T>;
   constexpr int kRows = 2;
   const BlockWork work = block_work(s, /*backwards=*/true);
