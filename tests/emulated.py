@@ -84,6 +84,7 @@ PlanRequest = structure(
     reduces=c_bool,
     residual=c_bool,
     aligned=c_bool,
+    on_chip=c_bool,
 )
 View = structure("View", matrices=c_int64, rows=c_int64, channels=c_int64, group=c_int64)
 Pass = structure(
@@ -116,7 +117,17 @@ LaunchPlan = structure(
 
 def limits(compute_capability=90, multiprocessors=132, shared=227 << 10, l2_bytes=50 << 20, max_cluster=8):
     return DeviceLimits(
-        compute_capability, multiprocessors, 2048, 32, shared, shared + 1024, 1024, max_cluster, l2_bytes, 2**31 - 1, 65535
+        compute_capability,
+        multiprocessors,
+        2048,
+        32,
+        shared,
+        shared + 1024,
+        1024,
+        max_cluster,
+        l2_bytes,
+        2**31 - 1,
+        65535,
     )
 
 

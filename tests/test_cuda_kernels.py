@@ -62,7 +62,7 @@ PATHS = {
     f"{shape}_{stage}{suffix}"
     for stage in ("stats", "apply", "backward_reduce", "backward_apply")
     for shape, suffix in (("plane", ""), ("column", ""), ("column", "_scalar"))
-} | {"finish_stats", "finish_backward", "finish_parameters", "use_running_stats"}
+} | {"channel_forward", "finish_stats", "finish_backward", "finish_parameters", "use_running_stats"}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,9 @@ def blank(t):
 class Case:
     """Random arguments of one call, and dy that is 0 where z is so near a kink that rounding decides."""
 
-    def __init__(self, shape, dtype, layout, activation, seed, groups=0, residual=False, affine=(True, True), aligned=True):
+    def __init__(
+        self, shape, dtype, layout, activation, seed, groups=0, residual=False, affine=(True, True), aligned=True
+    ):
         n, c, s = shape
         self.shape, self.dtype, self.layout, self.activation, self.groups = shape, dtype, layout, activation, groups
         wide = statistics_type(dtype)
@@ -241,7 +243,6 @@ def prepare(kernels, turn):
 @pytest.mark.parametrize(("shape", "dtype", "layout", "turn"), list(cases()))
 def test_batch_norm(kernels, shape, dtype, layout, turn):
     prepare(kernels, turn)
-    # Two values for ReLU6 at the kinks of one are +-1 whatever they are.
     case = Case(
         shape, dtype, layout, ACTIVATIONS[turn % 7], turn, residual=turn % 2 == 1,
         affine=(turn % 5 != 0, turn % 4 != 0), aligned=turn % 6 != 5,
@@ -277,16 +278,19 @@ def test_activations(kernels, dtype, layout, activation):
 
 def test_every_path_of_the_plan_was_launched(kernels):
     """The tests above; alone, a selection of them."""
+    prepare(kernels, 1)
     kernels.clear_launches()
     for aligned, layout, shape in itertools.product((True, False), FORMATS, ((2, 8, 36), (2, 3, 264))):
         case = Case(shape, torch.float16, layout, "relu6", 60, aligned=aligned)
         run_batch_norm(kernels, case)
     run_batch_norm(kernels, Case((2, 8, 36), torch.float32, "contiguous", "relu", 61), training=False)
+    kernels.set_limits(SMALL_L2)
+    run_batch_norm(kernels, Case((2, 3, 265), torch.float16, "contiguous", "relu6", 62))
     assert set(kernels.launches()) == PATHS
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("shape", [(3, 4, 49), (5, 2, 300)])
+@pytest.mark.parametrize("shape", [(3, 4, 49), (5, 2, 300), (3, 200, 130)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_under_every_schedule(kernels, dtype, shape, layout):
     results = []
@@ -309,9 +313,11 @@ def batch_norm_forward(kernels, x, layout, activation=None, **fields):
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("s", [49, 300])
+@pytest.mark.parametrize("device", [device_limits(), SMALL_L2])
 @pytest.mark.parametrize(("mean", "sigma"), [(1e6, 1.0), (100, 0.01), (0, 1e30), (1e30, 1e29), (-3e4, 3e-1)])
-def test_variance_does_not_cancel_or_overflow(kernels, mean, sigma, s, layout):
+def test_variance_does_not_cancel_or_overflow(kernels, mean, sigma, s, layout, device):
     prepare(kernels, 1)
+    kernels.set_limits(device)
     x = (mean + sigma * randn(7, 3, s)).float()
     _, actual_mean, invstd = batch_norm_forward(kernels, x, layout)
     mean64, var64 = reference.batch_statistics(x.double())
@@ -322,7 +328,7 @@ def test_variance_does_not_cancel_or_overflow(kernels, mean, sigma, s, layout):
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("s", [49, 300])
 def test_nan_and_infinity_stay_in_their_channel(kernels, s, layout):
-    prepare(kernels, 1)
+    prepare(kernels, 0)
     x = randn(3, 4, s).float()
     x[0, 0, 5] = float("nan")
     x[2, 1, s - 1] = float("inf")
@@ -341,7 +347,9 @@ def test_kinks(kernels, dtype, s, layout):
     prepare(kernels, 1)
     nan, inf = float("nan"), float("inf")
     tiny, half = torch.finfo(dtype).tiny, {torch.bfloat16: 2**-6, torch.float16: 2**-9}.get(dtype, 0)
-    bias = torch.tensor([0.0, -0.0, 6.0, 6 - half, 6 - 1.5 * half - 1e-3, nan, 7.0, -1.0, tiny, inf], dtype=statistics_type(dtype))
+    bias = torch.tensor(
+        [0.0, -0.0, 6.0, 6 - half, 6 - 1.5 * half - 1e-3, nan, 7.0, -1.0, tiny, inf], dtype=statistics_type(dtype)
+    )
     kept = torch.tensor([0, 0, 0, 0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
     c = bias.numel()
     ones, zeros = torch.ones_like(bias), torch.zeros_like(bias)
@@ -361,9 +369,7 @@ def test_kinks(kernels, dtype, s, layout):
     torch.testing.assert_close(y, expected[:, None].expand(2, c, s), rtol=0, atol=0, equal_nan=True)
     # An infinite dy over the dead region.
     dy.fill_(inf)
-    kernels.batch_norm_backward(
-        data, layout, "relu6", training=False, dy=dy, bias=bias, mean=zeros, invstd=ones, dx=dx
-    )
+    kernels.batch_norm_backward(data, layout, "relu6", training=False, dy=dy, bias=bias, mean=zeros, invstd=ones, dx=dx)
     assert torch.equal(as_ncs(dx, layout), torch.where(kept[:, None], inf, 0.0).to(dtype).expand(2, c, s))
 
 
@@ -414,23 +420,29 @@ sizes = st.one_of(
 @settings(max_examples=1500, deadline=None)
 @given(
     n=sizes, c=sizes.filter(bool), s=sizes, dtype=st.integers(0, 3), layout=st.integers(0, 1), group_size=st.integers(0, 64),
-    backward=st.booleans(), reduces=st.booleans(), residual=st.booleans(), aligned=st.booleans(),
+    backward=st.booleans(), reduces=st.booleans(), residual=st.booleans(), aligned=st.booleans(), on_chip=st.booleans(),
     device=st.sampled_from(sorted(DEVICES)),
 )  # fmt: skip
 def test_plans_cover_everything_once_within_the_limits(
-    kernels, n, c, s, dtype, layout, group_size, backward, reduces, residual, aligned, device
+    kernels, n, c, s, dtype, layout, group_size, backward, reduces, residual, aligned, on_chip, device
 ):
     if n * c * s > 2**36:
         n = min(n, 64)
     groups = c // group_size if group_size and c % group_size == 0 else min(group_size, 1)
     device = DEVICES[device]
-    request = PlanRequest(Extent(n, c, s, layout), dtype, groups, backward, reduces, residual, aligned)
+    request = PlanRequest(Extent(n, c, s, layout), dtype, groups, backward, reduces, residual, aligned, on_chip)
     plan = kernels.plan(request, device)
     view = plan.view
     assert view.matrices * view.rows * view.channels * view.group == n * c * s
     assert plan.workspace_bytes >= 0
     if n * c * s == 0:
         assert plan.path == 0
+        return
+    if plan.path == 3:
+        p = plan.reduce
+        assert on_chip and reduces and not backward and groups == 0 and layout == 0
+        assert p.splits == 1 and p.per_split == n * p.slots_per_row and p.slots_per_row * p.vector >= s
+        assert p.reduce_bytes + 16 * p.per_split <= device.shared_per_block
         return
     assert plan.path == (1 if reduces else 2)
     assert 1 <= plan.chunk_matrices <= view.matrices
@@ -501,6 +513,8 @@ def selection(kernels):
         dtype = DTYPES[turn % 4]
         run_batch_norm(kernels, Case(shape, dtype, layout, "relu6", turn, residual=True, aligned=aligned))
         run_group_norm(kernels, Case(shape, dtype, layout, "silu", turn, groups=1, aligned=aligned))
+    kernels.set_limits(SMALL_L2)
+    run_batch_norm(kernels, Case((2, 3, 265), torch.bfloat16, "contiguous", "relu6", 90, residual=True))
     for layout, s in itertools.product(FORMATS, (8, 264)):
         test_kinks(kernels, torch.bfloat16, s, layout)
 
@@ -530,7 +544,10 @@ def run_selection(library, **environment):
     code = f"from test_cuda_kernels import Kernels, selection; selection(Kernels({str(library)!r}))"
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **environment}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **environment},
     )
 
 

@@ -7,9 +7,8 @@ namespace {
 
 // Evaluation: mean and invstd of the running statistics.
 template <class A>
-__global__ void __launch_bounds__(kBlock)
-    use_running_stats_kernel(int64_t channels, double eps, const A* running_mean, const A* running_var, A* mean,
-                             A* invstd) {
+__global__ void __launch_bounds__(kBlock) use_running_stats_kernel(int64_t channels, double eps, const A* running_mean,
+                                                                   const A* running_var, A* mean, A* invstd) {
   const int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (c >= channels) return;
   mean[c] = running_mean[c];
@@ -27,7 +26,9 @@ Status forward(const BatchNormForward& args, void* stream) {
                                          .direction = Direction::forward,
                                          .reduces = args.training,
                                          .residual = args.residual != nullptr,
-                                         .aligned = aligned({args.x, args.residual, args.y})},
+                                         .aligned = aligned({args.x, args.residual, args.y}),
+                                         // Who counts the batch must not race with who reads the count.
+                                         .on_chip = !args.cumulative},
                                         limits);
   A* mean = static_cast<A*>(args.mean);
   A* invstd = static_cast<A*>(args.invstd);
@@ -60,15 +61,14 @@ Status backward(const BatchNormBackward& args, void* stream) {
   DeviceLimits limits;
   if (const Status status = current_limits(&limits)) return status;
   const bool reduces = (args.training && args.dx) || args.dweight || args.dbias;
-  const LaunchPlan plan =
-      plan_launches({.extent = args.extent,
-                     .dtype = args.dtype,
-                     .groups = 0,
-                     .direction = Direction::backward,
-                     .reduces = reduces,
-                     .residual = args.residual != nullptr,
-                     .aligned = aligned({args.dy, args.x, args.residual, args.dx, args.dresidual})},
-                    limits);
+  const LaunchPlan plan = plan_launches({.extent = args.extent,
+                                         .dtype = args.dtype,
+                                         .groups = 0,
+                                         .direction = Direction::backward,
+                                         .reduces = reduces,
+                                         .residual = args.residual != nullptr,
+                                         .aligned = aligned({args.dy, args.x, args.residual, args.dx, args.dresidual})},
+                                        limits);
   Stage<T> stage = {};
   stage.activation = args.activation;
   stage.x = static_cast<const T*>(args.x);

@@ -67,8 +67,8 @@ __device__ __forceinline__ Welford<A> block_welford(Welford<A> data, Welford<A>*
   return warp_welford(data);
 }
 
-// The moments of the values of a whole block, in two passes: two sums, and no division per step of a shuffle, which would
-// be slow in double. scratch: 2 * warp_count() elements.
+// The moments of the values of a whole block, in two passes: two sums, and no division per step of a shuffle, which
+// would be slow in double. scratch: 2 * warp_count() elements.
 __device__ __forceinline__ Welford<double> block_moments(const Welford<double>& data, double* scratch) {
   double sums[2] = {data.count, data.count * data.mean};
   block_sum(sums, scratch);

@@ -70,6 +70,11 @@ Status run_forward(const LaunchPlan& plan, Stage<T> stage, double eps, const Run
     if (stage.chunk.matrices == 0) return 0;
     return finish_stats(stage, eps, running, mean, invstd, stream);
   }
+  if (plan.path == Path::on_chip) {
+    set_pass(&stage, plan.reduce, everything(plan));
+    stage.num_batches_tracked = running.num_batches_tracked;
+    return channel_forward(stage, eps, running, mean, invstd, stream);
+  }
   for (int64_t i = 0; i < plan.chunks(); ++i) {
     const Chunk chunk = plan.chunk(i);
     if (plan.path == Path::two_kernels) {

@@ -54,7 +54,8 @@ __device__ __forceinline__ T activate(A z, Activation activation) {
 template <class Act, class T, class A>
 __device__ __forceinline__ A activate_backward(A z, A dy, Activation activation) {
   if constexpr (std::is_same_v<Act, AnyActivation>) {
-    return with_activation(activation, [&](auto act) { return activate_backward<decltype(act), T>(z, dy, activation); });
+    return with_activation(activation,
+                           [&](auto act) { return activate_backward<decltype(act), T>(z, dy, activation); });
   } else {
     if constexpr (!Act::kSelects) z = to_accumulator(from_accumulator<T>(z));
     return Act::backward(z, dy, Rounding<T>{});
@@ -140,7 +141,8 @@ __device__ __forceinline__ void store_slot(T* base, const Slot& slot, const Vect
   }
 }
 
-// f(slots) for this thread's slots of a block, kPlaneBatch at a time; those that are not there are empty.
+// f(slots, index) for this thread's slots of a block, kPlaneBatch at a time; those that are not there are empty. index
+// is the first one's among those of the block, the others are blockDim.x apart.
 template <int V, class F>
 __device__ __forceinline__ void for_each_slot(const Pass& pass, const BlockWork& work, F f) {
   const View& view = pass.view;
@@ -170,7 +172,7 @@ __device__ __forceinline__ void for_each_slot(const Pass& pass, const BlockWork&
         ++row;
       }
     }
-    f(slots);
+    f(slots, static_cast<int>(i - begin));
   }
 }
 

@@ -24,6 +24,7 @@ constexpr int kPlaneBatch = 4;  // slots that a thread loads before it works on 
 constexpr int kRowBatch = 4;    // rows, likewise
 // From this many adjacent elements of a channel on, a block works on one channel at a time.
 constexpr int64_t kPlane = 256;
+constexpr size_t kReduceScratch = 2 * kBlock / 32 * sizeof(double);  // of two sums over a block
 constexpr int64_t kMostSplits = 65535;
 constexpr int64_t kMostPartials = 4096;
 
@@ -64,6 +65,7 @@ enum class Path {
   empty,
   two_kernels,  // a reduction and an elementwise pass
   one_kernel,   // the elementwise pass alone
+  on_chip,      // forward: a block per channel, which it keeps in shared memory between the two
 };
 
 enum class Direction { forward, backward };
@@ -73,9 +75,10 @@ struct PlanRequest {
   Dtype dtype;
   int64_t groups;  // 0: BatchNorm
   Direction direction;
-  bool reduces = true;   // false: evaluation, statistics are given
+  bool reduces = true;  // false: evaluation, statistics are given
   bool residual = false;
   bool aligned = true;   // all tensors start at a multiple of 16 bytes
+  bool on_chip = false;  // where it fits
 };
 
 struct LaunchPlan {
@@ -105,11 +108,16 @@ inline LaunchConfig pass_config(const Pass& pass, const Chunk& chunk, int64_t gr
   return config;
 }
 
-constexpr int64_t element_bytes(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+constexpr int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+constexpr int64_t greatest_common_divisor(int64_t a, int64_t b) {
+  return b == 0 ? a : greatest_common_divisor(b, a % b);
 }
 
-constexpr int64_t greatest_common_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+// Of a plane that may start anywhere within a vector.
+constexpr int64_t slots_per_row(int64_t length, int vector) {
+  return length % vector == 0 ? length / vector : (length + 2 * vector - 2) / vector;
+}
 
 // blocks: how many there should be at least, if there is work for them. matrices and channels: of a chunk.
 inline Pass plan_pass(const View& view, int vector, bool aligned, int64_t matrices, int64_t channels, bool reduces,
@@ -120,15 +128,14 @@ inline Pass plan_pass(const View& view, int vector, bool aligned, int64_t matric
   if (view.group >= kPlane) {
     pass.shape = Shape::planes;
     pass.vector = vector;
-    const bool whole = view.group % vector == 0;
-    pass.slots_per_row = whole ? view.group / vector : (view.group + 2 * vector - 2) / vector;
+    pass.slots_per_row = slots_per_row(view.group, vector);
     const int64_t slots = view.rows * pass.slots_per_row;
     constexpr int64_t kBatch = int64_t{kBlock} * kPlaneBatch;
     const int64_t wanted = reduces ? divide_up(blocks, matrices * channels) : kMostSplits;
     const int64_t most = reduces ? kMostPartials : kMostSplits;
     pass.per_split = divide_up(at_least(divide_up(slots, wanted), divide_up(slots, most)), kBatch) * kBatch;
     pass.splits = divide_up(slots, pass.per_split);
-    pass.reduce_bytes = 2 * kBlock / 32 * sizeof(double);
+    pass.reduce_bytes = kReduceScratch;
     return pass;
   }
   pass.shape = Shape::columns;
@@ -151,6 +158,23 @@ inline Pass plan_pass(const View& view, int vector, bool aligned, int64_t matric
   pass.reduce_bytes = size_t(pass.row_groups) * pass.tile_vectors * pass.vector * 2 * sizeof(double);
   return pass;
 }
+
+// A block for each channel.
+inline Pass plan_channels(const View& view, int vector, bool aligned) {
+  Pass pass = {};
+  pass.shape = Shape::planes;
+  pass.view = view;
+  pass.vector = vector;
+  pass.aligned = aligned;
+  pass.slots_per_row = slots_per_row(view.group, vector);
+  pass.per_split = view.rows * pass.slots_per_row;
+  pass.splits = 1;
+  pass.reduce_bytes = kReduceScratch;
+  return pass;
+}
+
+// Shared memory of a block that keeps its slots, of 16 bytes.
+inline size_t on_chip_bytes(const Pass& pass) { return pass.reduce_bytes + 16 * size_t(pass.per_split); }
 
 inline LaunchPlan plan_launches(const PlanRequest& request, const DeviceLimits& limits) {
   const Extent& e = request.extent;
@@ -208,6 +232,19 @@ inline LaunchPlan plan_launches(const PlanRequest& request, const DeviceLimits& 
   const View groups = {plan.view.matrices, 1, plan.groups, depth * plan.view.group};
   const bool joined = !backward && contiguous && !batch_norm && groups.group >= kPlane;
   plan.reduce = pass(joined ? groups : plan.view, true);
+  if (request.on_chip && contiguous && batch_norm && !backward && bytes < 8 && e.C >= limits.multiprocessors) {
+    const Pass pass = plan_channels(plan.view, vector, request.aligned);
+    // Two blocks on a multiprocessor, so that one loads while the other stores; and no waste at both ends of planes.
+    const size_t room = limits.shared_per_multiprocessor / 2 - limits.shared_reserved_per_block;
+    const size_t needed = on_chip_bytes(pass);
+    if (needed <= room && needed <= limits.shared_per_block && e.S * bytes >= 256 && e.C <= limits.max_grid_x) {
+      plan.path = Path::on_chip;
+      plan.reduce = pass;
+      plan.chunk_groups = plan.groups;
+      plan.workspace_bytes = 0;
+      return plan;
+    }
+  }
   plan.workspace_bytes += plan.reduce.partials() * (backward ? 2 : 3) * sizeof(double);
   if (!meets_l2) plan.bytes_moved += plan.view.numel() * bytes * (backward ? inputs : 1);
   return plan;

@@ -11,18 +11,38 @@ namespace {
 // Deviations from the first value that a thread sees, in batches whose own moments are exact two-pass ones: nothing
 // cancels, whatever the mean. Where a square overflows single precision, the thread starts again in double.
 
-// The statistics are finished by a later launch, which reads the count.
+template <class A>
+__device__ __forceinline__ A inverse_deviation(const Welford<double>& data, double eps) {
+  return static_cast<A>(1 / sqrt(data.m2 / data.count + eps));
+}
+
+// Saves the statistics of a group and moves its running ones.
+template <class A>
+__device__ __forceinline__ void set_statistics(int64_t at, const Welford<double>& data, double eps,
+                                               const RunningStatistics<A>& running, A* mean, A* invstd) {
+  mean[at] = static_cast<A>(data.mean);
+  invstd[at] = inverse_deviation<A>(data, eps);
+  const double momentum = running.cumulative ? 1 / double(*running.num_batches_tracked) : running.momentum;
+  if (running.mean) running.mean[at] = static_cast<A>((1 - momentum) * running.mean[at] + momentum * data.mean);
+  if (running.var) {
+    const double var = data.m2 / (data.count - 1);
+    running.var[at] = static_cast<A>((1 - momentum) * running.var[at] + momentum * var);
+  }
+}
+
+// Who reads the count does so in a later launch.
 template <class T>
 __device__ __forceinline__ void count_batch(const Stage<T>& s) {
   if (s.num_batches_tracked && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) ++*s.num_batches_tracked;
 }
 
-template <int V, class T>
-__device__ __forceinline__ Welford<double> plane_moments(const Stage<T>& s, const BlockWork& work) {
+// keep(index, vector): for every slot, which is empty where nothing is loaded.
+template <int V, class T, class Keep>
+__device__ __forceinline__ Welford<double> plane_moments(const Stage<T>& s, const BlockWork& work, Keep keep) {
   using A = Accumulator<T>;
   Welford<A> data;
   A shift = 0;
-  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch]) {
+  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int index) {
     Vector<T, V> x[kPlaneBatch];
 #pragma unroll
     for (int u = 0; u < kPlaneBatch; ++u) x[u] = load_slot<V>(s.x, slots[u]);
@@ -31,6 +51,7 @@ __device__ __forceinline__ Welford<double> plane_moments(const Stage<T>& s, cons
       const Slot& slot = slots[u];
       const int n = slot.last - slot.first;
       if (n <= 0) continue;
+      keep(index + u * blockDim.x, x[u]);
       if (data.count == 0) shift = to_accumulator(s.x[slot.offset + slot.first]);
       const auto present = [&](int v) { return slot.whole || (v >= slot.first && v < slot.last); };
       A d[V], sum = 0, m2 = 0;
@@ -54,7 +75,7 @@ template <int V, class T>
 __device__ Welford<double> exact_plane_moments(const Stage<T>& s, const BlockWork& work) {
   double count = 0, mean = 0, m2 = 0;
   const auto for_each_value = [&](auto f) {
-    for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch]) {
+    for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int) {
       for (const Slot& slot : slots) {
         for (int v = slot.first; v < slot.last; ++v) f(double(to_accumulator(s.x[slot.offset + v])));
       }
@@ -71,7 +92,7 @@ __global__ void __launch_bounds__(kBlock) plane_stats_kernel(Stage<T> s) {
   count_batch(s);
   constexpr int V = 16 / sizeof(T);
   const BlockWork work = block_work(s, /*backwards=*/false);
-  Welford<double> data = plane_moments<V>(s, work);
+  Welford<double> data = plane_moments<V>(s, work, [](int, const Vector<T, V>&) {});
   if (sizeof(T) < 8 && !isfinite(data.m2)) data = exact_plane_moments<V>(s, work);
   data = block_moments(data, shared_memory<double>());
   if (threadIdx.x == 0) {
@@ -185,7 +206,7 @@ __global__ void __launch_bounds__(kBlock, 2) plane_backward_reduce_kernel(Stage<
   const BlockWork work = block_work(s, /*backwards=*/false);
   const ChannelParameters<A> p = load_parameters(s, work.matrix, work.channel);
   double sums[2] = {};
-  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch]) {
+  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int) {
     Vector<T, V> x[kPlaneBatch], dy[kPlaneBatch], residual[kPlaneBatch] = {};
 #pragma unroll
     for (int u = 0; u < kPlaneBatch; ++u) {
@@ -288,7 +309,7 @@ __global__ void __launch_bounds__(kBlock) plane_apply_kernel(Stage<T> s) {
   constexpr int V = 16 / sizeof(T);
   const BlockWork work = block_work(s, /*backwards=*/true);
   const ChannelParameters<A> p = load_parameters(s, work.matrix, work.channel);
-  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch]) {
+  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int) {
     Vector<T, V> x[kPlaneBatch], residual[kPlaneBatch] = {};
 #pragma unroll
     for (int u = 0; u < kPlaneBatch; ++u) {
@@ -351,7 +372,7 @@ __global__ void __launch_bounds__(kBlock, 2) plane_backward_apply_kernel(Stage<T
   const BlockWork work = block_work(s, /*backwards=*/true);
   const ChannelParameters<A> p = load_parameters(s, work.matrix, work.channel);
   const GradientCoefficients<A> coefficients = load_coefficients(s, work.matrix, work.channel);
-  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch]) {
+  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int) {
     Vector<T, V> x[kPlaneBatch], dy[kPlaneBatch], residual[kPlaneBatch] = {};
 #pragma unroll
     for (int u = 0; u < kPlaneBatch; ++u) {
@@ -404,6 +425,48 @@ __global__ void __launch_bounds__(kBlock, 2) column_backward_apply_kernel(Stage<
   });
 }
 
+// --- On chip: a channel per block, which reads it once. A thread keeps its slots in shared memory
+// ---------------------
+
+// Shared memory: scratch of the reductions, then the slots.
+template <class T, class Act>
+__global__ void __launch_bounds__(kBlock, 2)
+    channel_forward_kernel(Stage<T> s, double eps, RunningStatistics<Accumulator<T>> running, Accumulator<T>* means,
+                           Accumulator<T>* invstds) {
+  using A = Accumulator<T>;
+  constexpr int V = 16 / sizeof(T);
+  count_batch(s);
+  const BlockWork work = block_work(s, /*backwards=*/false);
+  auto* kept = reinterpret_cast<Vector<T, V>*>(shared_memory<unsigned char>() + kReduceScratch);
+  Welford<double> data = plane_moments<V>(s, work, [&](int i, const Vector<T, V>& x) { kept[i] = x; });
+  if (!isfinite(data.m2)) data = exact_plane_moments<V>(s, work);
+  data = block_moments(data, shared_memory<double>());
+
+  const int64_t c = work.channel;
+  if (threadIdx.x == 0) set_statistics(c, data, eps, running, means, invstds);
+  ChannelParameters<A> p;
+  p.mean = static_cast<A>(data.mean);
+  p.invstd = inverse_deviation<A>(data, eps);
+  p.weight = s.weight ? s.weight[c] : A(1);
+  p.scale = p.invstd * p.weight;
+  p.bias = s.bias ? s.bias[c] : A(0);
+  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int index) {
+    Vector<T, V> residual[kPlaneBatch] = {};
+#pragma unroll
+    for (int u = 0; u < kPlaneBatch; ++u) {
+      if (s.residual) residual[u] = load_slot<V>(s.residual, slots[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kPlaneBatch; ++u) {
+      if (slots[u].last <= slots[u].first) continue;
+      Vector<T, V> x = kept[index + u * blockDim.x];
+#pragma unroll
+      for (int v = 0; v < V; ++v) x.values[v] = output<Act>(s, p, x, residual[u], v);
+      store_slot(s.out, slots[u], x);
+    }
+  });
+}
+
 // --- Ends of reductions: a warp per group or channel -----------------------------------------------------------------
 
 struct Unit {
@@ -447,19 +510,13 @@ __global__ void __launch_bounds__(kBlock)
   warp_sum(deviations);
   if (lane_index() > 0) return;
   const int64_t at = unit.matrix * (pass.view.channels / depth) + unit.group;
-  mean[at] = static_cast<A>(average);
-  invstd[at] = count == 0 ? A(0) : static_cast<A>(1 / sqrt(deviations[0] / count + eps));
   if (count == 0) {
+    mean[at] = invstd[at] = 0;
     // Nothing was launched before that could have counted the batch.
     if (at == 0 && running.num_batches_tracked) ++*running.num_batches_tracked;
     return;
   }
-  const double momentum = running.cumulative ? 1 / double(*running.num_batches_tracked) : running.momentum;
-  if (running.mean) running.mean[at] = static_cast<A>((1 - momentum) * running.mean[at] + momentum * average);
-  if (running.var) {
-    running.var[at] =
-        static_cast<A>((1 - momentum) * running.var[at] + momentum * (deviations[0] / (count - 1)));
-  }
+  set_statistics(at, {count, average, deviations[0]}, eps, running, mean, invstd);
 }
 
 template <class A>
@@ -490,8 +547,8 @@ __global__ void __launch_bounds__(kBlock)
   double sums[2] = {};
   for (int64_t i = lane_index(); i < pass.view.matrices * pass.splits; i += kWarp) {
     sums[0] += partials[2 * (i * channels + channel)];
-    sums[1] += partials[2 * (i * channels + channel) + 1] *
-               invstd[i / pass.splits * (channels / depth) + channel / depth];
+    sums[1] +=
+        partials[2 * (i * channels + channel) + 1] * invstd[i / pass.splits * (channels / depth) + channel / depth];
   }
   warp_sum(sums);
   if (lane_index() > 0) return;
@@ -580,6 +637,20 @@ Status backward_apply(const Stage<T>& s, void* stream) {
 }
 
 template <class T>
+Status channel_forward(const Stage<T>& s, double eps, const RunningStatistics<Accumulator<T>>& running,
+                       Accumulator<T>* mean, Accumulator<T>* invstd, void* stream) {
+  if constexpr (sizeof(T) == 8) {
+    return -1;  // no such plan
+  } else {
+    LaunchConfig config = pass_config(s.pass, s.chunk, s.groups, "channel_forward");
+    config.shared_bytes = on_chip_bytes(s.pass);
+    return dispatch(s.activation, [&](auto act) {
+      return launch(channel_forward_kernel<T, decltype(act)>, config, stream, s, eps, running, mean, invstd);
+    });
+  }
+}
+
+template <class T>
 Status finish_stats(const Stage<T>& s, double eps, const RunningStatistics<Accumulator<T>>& running,
                     Accumulator<T>* mean, Accumulator<T>* invstd, void* stream) {
   const LaunchConfig config = warps_config(s.chunk.matrices * s.chunk.groups, "finish_stats");
@@ -603,8 +674,9 @@ Status finish_parameters(const Stage<T>& s, Accumulator<T>* dweight, Accumulator
 
 template <class T>
 struct Instantiate {
-  static constexpr auto kStages = std::make_tuple(stats<T>, apply<T>, backward_reduce<T>, backward_apply<T>,
-                                                  finish_stats<T>, finish_backward<T>, finish_parameters<T>);
+  static constexpr auto kStages =
+      std::make_tuple(stats<T>, apply<T>, backward_reduce<T>, backward_apply<T>, channel_forward<T>, finish_stats<T>,
+                      finish_backward<T>, finish_parameters<T>);
 };
 template struct Instantiate<float>;
 template struct Instantiate<double>;

@@ -36,7 +36,7 @@ struct RunningStatistics {
   A* mean;  // or null
   A* var;
   double momentum;
-  bool cumulative;  // the momentum is 1 / *num_batches_tracked
+  bool cumulative;               // the momentum is 1 / *num_batches_tracked
   int64_t* num_batches_tracked;  // incremented here only if the batch is empty
 };
 
@@ -48,6 +48,11 @@ template <class T>
 Status backward_reduce(const Stage<T>& stage, void* stream);
 template <class T>
 Status backward_apply(const Stage<T>& stage, void* stream);
+
+// Both in one, statistics included: of BatchNorm, not in float64, not cumulative, where a channel fits on chip.
+template <class T>
+Status channel_forward(const Stage<T>& stage, double eps, const RunningStatistics<Accumulator<T>>& running,
+                       Accumulator<T>* mean, Accumulator<T>* invstd, void* stream);
 
 // Partials of stats to mean and invstd of the chunk's groups; without values both are 0 and nothing is running.
 template <class T>
