@@ -148,7 +148,7 @@ class Case:
 
 
 def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True, True, True)):
-    n, c, s = case.shape
+    c = case.shape[1]
     running = [randn(c, seed=5).to(case.wide), (randn(c, seed=6).abs() + 0.5).to(case.wide)]
     before = [t.double().clone() for t in running]
     counter = torch.tensor([4])
@@ -195,7 +195,7 @@ def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True
 
 
 def run_group_norm(kernels, case, needs=(True, True, True)):
-    n, c, s = case.shape
+    n, c, _ = case.shape
     y = blank(case.x)
     mean, rstd = (torch.full((n, case.groups), float("nan"), dtype=case.wide) for _ in range(2))
     kernels.group_norm_forward(
@@ -357,8 +357,8 @@ def test_kinks(kernels, dtype, s, layout):
     data, dy = in_layout(x, layout), in_layout(torch.full_like(x, 3), layout)
     dx, dresidual = blank(data), blank(data)
     kernels.batch_norm_backward(
-        data, layout, "relu6", training=False, dy=dy, residual=in_layout(-x, layout), bias=bias, mean=zeros, invstd=ones,
-        dx=dx, dresidual=dresidual,
+        data, layout, "relu6", training=False, dy=dy, residual=in_layout(-x, layout), bias=bias, mean=zeros,
+        invstd=ones, dx=dx, dresidual=dresidual,
     )  # fmt: skip
     for gradient in (dx, dresidual):
         assert torch.equal(as_ncs(gradient, layout), torch.where(kept[:, None], 3.0, 0.0).to(dtype).expand(2, c, s))
@@ -377,30 +377,34 @@ def test_kinks(kernels, dtype, s, layout):
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 3, 0)])
 def test_empty(kernels, shape, layout):
     case = Case(shape, torch.float32, layout, "relu", 80)
-    n, c, s = shape
+    n, c, _ = shape
     running = [torch.full((c,), 0.5), torch.full((c,), 2.0)]
     counter = torch.tensor([4])
     _, mean, invstd = batch_norm_forward(
         kernels, case.x64.float(), layout, running_mean=running[0], running_var=running[1], num_batches_tracked=counter
     )
     assert counter.item() == 5
-    assert (running[0] == 0.5).all() and (running[1] == 2).all()
+    assert (running[0] == 0.5).all()
+    assert (running[1] == 2).all()
     case.set_dy(case.x64)
     dweight, dbias = torch.ones(c), torch.ones(c)
     kernels.batch_norm_backward(
         case.x, layout, None, training=True, dy=case.dy, mean=mean, invstd=invstd, dx=blank(case.x), dweight=dweight,
         dbias=dbias,
     )  # fmt: skip
-    assert not dweight.any() and not dbias.any()
+    assert not dweight.any()
+    assert not dbias.any()
     case.groups = 3
     mean, rstd = torch.ones(n, 3), torch.ones(n, 3)
     kernels.group_norm_forward(case.x, layout, None, 3, eps=EPS, y=blank(case.x), mean=mean, rstd=rstd)
-    assert not mean.any() and not rstd.any()
+    assert not mean.any()
+    assert not rstd.any()
     dweight, dbias = torch.ones(c), torch.ones(c)
     kernels.group_norm_backward(
         case.x, layout, None, 3, dy=case.dy, mean=mean, rstd=rstd, dx=blank(case.x), dweight=dweight, dbias=dbias
     )
-    assert not dweight.any() and not dbias.any()
+    assert not dweight.any()
+    assert not dbias.any()
 
 
 # --- Launch plans ----------------------------------------------------------------------------------------------------
@@ -419,8 +423,9 @@ sizes = st.one_of(
 
 @settings(max_examples=1500, deadline=None)
 @given(
-    n=sizes, c=sizes.filter(bool), s=sizes, dtype=st.integers(0, 3), layout=st.integers(0, 1), group_size=st.integers(0, 64),
-    backward=st.booleans(), reduces=st.booleans(), residual=st.booleans(), aligned=st.booleans(), on_chip=st.booleans(),
+    n=sizes, c=sizes.filter(bool), s=sizes, dtype=st.integers(0, 3), layout=st.integers(0, 1),
+    group_size=st.integers(0, 64), backward=st.booleans(), reduces=st.booleans(),
+    residual=st.booleans(), aligned=st.booleans(), on_chip=st.booleans(),
     device=st.sampled_from(sorted(DEVICES)),
 )  # fmt: skip
 def test_plans_cover_everything_once_within_the_limits(
@@ -440,8 +445,14 @@ def test_plans_cover_everything_once_within_the_limits(
         return
     if plan.path == 3:
         p = plan.reduce
-        assert on_chip and reduces and not backward and groups == 0 and layout == 0
-        assert p.splits == 1 and p.per_split == n * p.slots_per_row and p.slots_per_row * p.vector >= s
+        assert on_chip
+        assert reduces
+        assert not backward
+        assert groups == 0
+        assert layout == 0
+        assert p.splits == 1
+        assert p.per_split == n * p.slots_per_row
+        assert p.slots_per_row * p.vector >= s
         assert p.reduce_bytes + 16 * p.per_split <= device.shared_per_block
         return
     assert plan.path == (1 if reduces else 2)
@@ -487,8 +498,8 @@ def test_plans_cover_everything_once_within_the_limits(
 MUTATIONS = {
     "missing barrier before a tile's columns are combined": (
         "stages.cu",
-        "  __syncthreads();\n  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto* partials",
-        "  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto* partials",
+        "  __syncthreads();\n  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto*",
+        "  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto*",
     ),
     "missing barrier in block_sum": ("block_reduce.cuh", "  __syncthreads();\n  // Every warp", "  // Every warp"),
     "one slot too many": ("elements.cuh", "view.rows * pass.slots_per_row)", "view.rows * pass.slots_per_row + 1)"),
