@@ -141,9 +141,9 @@ __device__ __forceinline__ void store_slot(T* base, const Slot& slot, const Vect
   }
 }
 
-// f(slots, index) for this thread's slots of a block, kPlaneBatch at a time; those that are not there are empty. index
+// f(slots, index) for this thread's slots of a block, kBatch at a time; those that are not there are empty. index
 // is the first one's among those of the block, the others are blockDim.x apart.
-template <int V, class F>
+template <int V, int kBatch, class F>
 __device__ __forceinline__ void for_each_slot(const Pass& pass, const BlockWork& work, F f) {
   const View& view = pass.view;
   const int64_t length = view.group, row_stride = view.channels * length;
@@ -153,10 +153,10 @@ __device__ __forceinline__ void for_each_slot(const Pass& pass, const BlockWork&
   int64_t row = (begin + threadIdx.x) / pass.slots_per_row;
   int64_t index = (begin + threadIdx.x) % pass.slots_per_row;
   const int64_t row_step = blockDim.x / pass.slots_per_row, index_step = blockDim.x % pass.slots_per_row;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kPlaneBatch * blockDim.x) {
-    Slot slots[kPlaneBatch];
+  for (int64_t i = begin + threadIdx.x; i < end; i += kBatch * blockDim.x) {
+    Slot slots[kBatch];
 #pragma unroll
-    for (int u = 0; u < kPlaneBatch; ++u) {
+    for (int u = 0; u < kBatch; ++u) {
       if (i + u * blockDim.x < end) {
         const int64_t start = base + row * row_stride;
         // The first slot of a row begins before it where the row is not aligned.

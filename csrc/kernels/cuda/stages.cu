@@ -42,7 +42,7 @@ __device__ __forceinline__ Welford<double> plane_moments(const Stage<T>& s, cons
   using A = Accumulator<T>;
   Welford<A> data;
   A shift = 0;
-  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int index) {
+  for_each_slot<V, kPlaneBatch>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int index) {
     Vector<T, V> x[kPlaneBatch];
 #pragma unroll
     for (int u = 0; u < kPlaneBatch; ++u) x[u] = load_slot<V>(s.x, slots[u]);
@@ -75,10 +75,8 @@ template <int V, class T>
 __device__ Welford<double> exact_plane_moments(const Stage<T>& s, const BlockWork& work) {
   double count = 0, mean = 0, m2 = 0;
   const auto for_each_value = [&](auto f) {
-    for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int) {
-      for (const Slot& slot : slots) {
-        for (int v = slot.first; v < slot.last; ++v) f(double(to_accumulator(s.x[slot.offset + v])));
-      }
+    for_each_slot<V, 1>(s.pass, work, [&](const Slot(&slots)[1], int) {
+      for (int v = slots[0].first; v < slots[0].last; ++v) f(double(to_accumulator(s.x[slots[0].offset + v])));
     });
   };
   for_each_value([&](double value) { ++count, mean += value; });
@@ -202,21 +200,21 @@ __device__ __forceinline__ A gradient(const Stage<T>& s, const ChannelParameters
 template <class T, class Act>
 __global__ void __launch_bounds__(kBlock, 2) plane_backward_reduce_kernel(Stage<T> s) {
   using A = Accumulator<T>;
-  constexpr int V = 16 / sizeof(T);
+  constexpr int V = 16 / sizeof(T), kBatch = kPlaneBatch / 2;
   const BlockWork work = block_work(s, /*backwards=*/false);
   const ChannelParameters<A> p = load_parameters(s, work.matrix, work.channel);
   double sums[2] = {};
-  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int) {
-    Vector<T, V> x[kPlaneBatch], dy[kPlaneBatch], residual[kPlaneBatch] = {};
+  for_each_slot<V, kBatch>(s.pass, work, [&](const Slot(&slots)[kBatch], int) {
+    Vector<T, V> x[kBatch], dy[kBatch], residual[kBatch] = {};
 #pragma unroll
-    for (int u = 0; u < kPlaneBatch; ++u) {
+    for (int u = 0; u < kBatch; ++u) {
       x[u] = load_slot<V>(s.x, slots[u]);
       dy[u] = load_slot<V>(s.dy, slots[u]);
       if (s.residual) residual[u] = load_slot<V>(s.residual, slots[u]);
     }
     A total = 0, deviation = 0;
 #pragma unroll
-    for (int u = 0; u < kPlaneBatch; ++u) {
+    for (int u = 0; u < kBatch; ++u) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         if (!slots[u].whole && (v < slots[u].first || v >= slots[u].last)) continue;
@@ -309,7 +307,7 @@ __global__ void __launch_bounds__(kBlock) plane_apply_kernel(Stage<T> s) {
   constexpr int V = 16 / sizeof(T);
   const BlockWork work = block_work(s, /*backwards=*/true);
   const ChannelParameters<A> p = load_parameters(s, work.matrix, work.channel);
-  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int) {
+  for_each_slot<V, kPlaneBatch>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int) {
     Vector<T, V> x[kPlaneBatch], residual[kPlaneBatch] = {};
 #pragma unroll
     for (int u = 0; u < kPlaneBatch; ++u) {
@@ -368,20 +366,20 @@ __device__ __forceinline__ void differentiate(const Stage<T>& s, const ChannelPa
 template <class T, class Act>
 __global__ void __launch_bounds__(kBlock, 2) plane_backward_apply_kernel(Stage<T> s) {
   using A = Accumulator<T>;
-  constexpr int V = 16 / sizeof(T);
+  constexpr int V = 16 / sizeof(T), kBatch = kPlaneBatch / 2;
   const BlockWork work = block_work(s, /*backwards=*/true);
   const ChannelParameters<A> p = load_parameters(s, work.matrix, work.channel);
   const GradientCoefficients<A> coefficients = load_coefficients(s, work.matrix, work.channel);
-  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int) {
-    Vector<T, V> x[kPlaneBatch], dy[kPlaneBatch], residual[kPlaneBatch] = {};
+  for_each_slot<V, kBatch>(s.pass, work, [&](const Slot(&slots)[kBatch], int) {
+    Vector<T, V> x[kBatch], dy[kBatch], residual[kBatch] = {};
 #pragma unroll
-    for (int u = 0; u < kPlaneBatch; ++u) {
+    for (int u = 0; u < kBatch; ++u) {
       x[u] = load_slot<V>(s.x, slots[u]);
       dy[u] = load_slot<V>(s.dy, slots[u]);
       if (s.residual) residual[u] = load_slot<V>(s.residual, slots[u]);
     }
 #pragma unroll
-    for (int u = 0; u < kPlaneBatch; ++u) {
+    for (int u = 0; u < kBatch; ++u) {
 #pragma unroll
       for (int v = 0; v < V; ++v) differentiate<Act>(s, p, coefficients, x[u], dy[u], residual[u], v);
       if (s.out) store_slot(s.out, slots[u], x[u]);
@@ -450,7 +448,7 @@ __global__ void __launch_bounds__(kBlock, 2)
   p.weight = s.weight ? s.weight[c] : A(1);
   p.scale = p.invstd * p.weight;
   p.bias = s.bias ? s.bias[c] : A(0);
-  for_each_slot<V>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int index) {
+  for_each_slot<V, kPlaneBatch>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int index) {
     Vector<T, V> residual[kPlaneBatch] = {};
 #pragma unroll
     for (int u = 0; u < kPlaneBatch; ++u) {
