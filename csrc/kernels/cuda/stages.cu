@@ -86,7 +86,7 @@ __device__ Welford<double> exact_plane_moments(const Stage<T>& s, const BlockWor
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) plane_stats_kernel(Stage<T> s) {
+__global__ void __launch_bounds__(kBlock, 2) plane_stats_kernel(Stage<T> s) {
   count_batch(s);
   constexpr int V = 16 / sizeof(T);
   const BlockWork work = block_work(s, /*backwards=*/false);
