@@ -26,6 +26,7 @@ def pytest_configure(config):
     # For small tensors a second thread costs more than it helps; on a busy machine ten times more. Tests of
     # threads choose their own number.
     torch.set_num_threads(1)
+    config.addinivalue_line("markers", "nvcc: minutes of compiling for a GPU; runs with -m nvcc only")
     config.addinivalue_line(
         "markers",
         "stricter_than_native(reason): the pinned behaviour goes beyond PyTorch's own, so the backend "
@@ -40,6 +41,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if "nvcc" not in config.getoption("markexpr"):
+        for item in items:
+            if item.get_closest_marker("nvcc"):
+                item.add_marker(pytest.mark.skip(reason="minutes of compiling: pytest -m nvcc"))
+    _choose_for_the_interpreter(config, items)
+
+
+def _choose_for_the_interpreter(config, items):
     """The interpreter takes milliseconds for what a kernel does in microseconds: of each test's parametrisations it
     runs those in which two parameters have values that they did not have together before."""
     if WHY_NOT["triton"] is not None or not backends.OPERATORS["triton"].INTERPRETED:

@@ -26,6 +26,9 @@ struct BatchNormForward {
   void* mean;    // out
   void* invstd;  // out: 1 / sqrt(var + eps)
   void* workspace;
+  // CUDA only; on the CPU the caller counts. Training: incremented, or null.
+  int64_t* num_batches_tracked = nullptr;
+  bool cumulative = false;  // the momentum is 1 / *num_batches_tracked instead
 };
 
 // Gradients through the activation and the normalisation; in training also through the statistics.
@@ -56,4 +59,15 @@ void batch_norm_forward(const BatchNormForward& args, ParallelFor parallel_for);
 void batch_norm_backward(const BatchNormBackward& args, ParallelFor parallel_for);
 
 }  // namespace cpu
+
+namespace cuda {
+
+using Status = int;  // 0 is success
+
+// Bytes of workspace that forward or backward needs on the current device, at most; nobody need initialise them.
+Status batch_norm_workspace(const Extent& extent, Dtype dtype, int64_t* forward_bytes, int64_t* backward_bytes);
+Status batch_norm_forward(const BatchNormForward& args, void* stream);
+Status batch_norm_backward(const BatchNormBackward& args, void* stream);
+
+}  // namespace cuda
 }  // namespace normfused

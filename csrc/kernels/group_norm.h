@@ -45,4 +45,15 @@ void group_norm_forward(const GroupNormForward& args, ParallelFor parallel_for);
 void group_norm_backward(const GroupNormBackward& args, ParallelFor parallel_for);
 
 }  // namespace cpu
+
+namespace cuda {
+
+using Status = int;
+
+Status group_norm_workspace(const Extent& extent, Dtype dtype, int64_t groups, int64_t* forward_bytes,
+                            int64_t* backward_bytes);
+Status group_norm_forward(const GroupNormForward& args, void* stream);
+Status group_norm_backward(const GroupNormBackward& args, void* stream);
+
+}  // namespace cuda
 }  // namespace normfused

@@ -1,0 +1,122 @@
+// The launches of a forward and a backward, chunk by chunk, for both families.
+#pragma once
+
+#include <initializer_list>
+
+#include "stages.h"
+
+namespace normfused::cuda {
+
+// Calls f(T{}) with the element type of dtype.
+template <class F>
+Status dispatch_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float64: return f(double{});
+    case Dtype::bfloat16: return f(BFloat16{});
+    case Dtype::float16: return f(Float16{});
+    case Dtype::float32: break;
+  }
+  return f(float{});
+}
+
+inline bool aligned(std::initializer_list<const void*> tensors) {
+  for (const void* tensor : tensors) {
+    if (reinterpret_cast<uintptr_t>(tensor) % 16 != 0) return false;
+  }
+  return true;
+}
+
+inline Status current_limits(DeviceLimits* limits) {
+  int device;
+  if (const Status status = current_device(&device)) return status;
+  return device_limits(device, limits);
+}
+
+// Whatever the pointers' alignment.
+inline Status workspace_bytes(PlanRequest request, int64_t* forward_bytes, int64_t* backward_bytes) {
+  DeviceLimits limits;
+  if (const Status status = current_limits(&limits)) return status;
+  *forward_bytes = *backward_bytes = 0;
+  for (const bool is_aligned : {false, true}) {
+    for (const bool residual : {false, true}) {
+      request.aligned = is_aligned;
+      request.residual = residual;
+      request.direction = Direction::forward;
+      *forward_bytes = at_least(*forward_bytes, plan_launches(request, limits).workspace_bytes);
+      request.direction = Direction::backward;
+      *backward_bytes = at_least(*backward_bytes, plan_launches(request, limits).workspace_bytes);
+    }
+  }
+  return 0;
+}
+
+template <class T>
+void set_pass(Stage<T>* stage, const Pass& pass, const Chunk& chunk) {
+  stage->pass = pass;
+  stage->chunk = chunk;
+}
+
+inline Chunk everything(const LaunchPlan& plan) { return {0, plan.view.matrices, 0, plan.groups}; }
+
+// stage holds the tensors, partials the workspace.
+template <class T>
+Status run_forward(const LaunchPlan& plan, Stage<T> stage, double eps, const RunningStatistics<Accumulator<T>>& running,
+                   Accumulator<T>* mean, Accumulator<T>* invstd, void* stream) {
+  stage.groups = plan.groups;
+  stage.mean = mean;
+  stage.invstd = invstd;
+  if (plan.path == Path::empty) {
+    set_pass(&stage, plan.reduce, everything(plan));
+    if (stage.chunk.matrices == 0) return 0;
+    return finish_stats(stage, eps, running, mean, invstd, stream);
+  }
+  if (plan.path == Path::on_chip) {
+    set_pass(&stage, plan.reduce, everything(plan));
+    stage.num_batches_tracked = running.num_batches_tracked;
+    return channel_forward(stage, eps, running, mean, invstd, stream);
+  }
+  for (int64_t i = 0; i < plan.chunks(); ++i) {
+    const Chunk chunk = plan.chunk(i);
+    if (plan.path == Path::two_kernels) {
+      set_pass(&stage, plan.reduce, chunk);
+      stage.num_batches_tracked = i == 0 ? running.num_batches_tracked : nullptr;
+      if (const Status status = stats(stage, stream)) return status;
+      if (const Status status = finish_stats(stage, eps, running, mean, invstd, stream)) return status;
+    }
+    set_pass(&stage, plan.apply, chunk);
+    if (const Status status = apply(stage, stream)) return status;
+  }
+  return 0;
+}
+
+// through_statistics: they are functions of x. workspace: where partials and then the coefficients of dx go.
+template <class T>
+Status run_backward(const LaunchPlan& plan, Stage<T> stage, bool through_statistics, Accumulator<T>* dweight,
+                    Accumulator<T>* dbias, void* stream) {
+  using A = Accumulator<T>;
+  stage.groups = plan.groups;
+  A* offset = reinterpret_cast<A*>(stage.partials + 2 * plan.reduce.partials());
+  A* slope = offset + plan.view.matrices * plan.groups;
+  const bool applies = stage.out || stage.dresidual;
+  for (int64_t i = 0; i < plan.chunks(); ++i) {
+    const Chunk chunk = plan.chunk(i);
+    stage.offset = stage.slope = nullptr;
+    if (plan.path == Path::two_kernels) {
+      set_pass(&stage, plan.reduce, chunk);
+      if (const Status status = backward_reduce(stage, stream)) return status;
+    }
+    if (!applies) continue;
+    if (stage.out && through_statistics) {
+      if (const Status status = finish_backward(stage, offset, slope, stream)) return status;
+      stage.offset = offset;
+      stage.slope = slope;
+    }
+    set_pass(&stage, plan.apply, chunk);
+    if (const Status status = backward_apply(stage, stream)) return status;
+  }
+  if (!dweight && !dbias) return 0;
+  set_pass(&stage, plan.reduce, everything(plan));
+  return finish_parameters(stage, dweight, dbias, stream);
+}
+
+}  // namespace normfused::cuda

@@ -1,0 +1,68 @@
+// The four stages that both families share: stats, apply, backward_reduce, backward_apply, and what finishes a
+// reduction. BatchNorm is the case of one matrix whose groups are single channels.
+#pragma once
+
+#include "device.cuh"
+#include "launch_plan.h"
+
+namespace normfused::cuda {
+
+template <class T>
+struct Stage {
+  using A = Accumulator<T>;
+  Pass pass;
+  Chunk chunk;
+  int64_t groups;  // per matrix
+  Activation activation;
+  const T* x;
+  const T* dy;
+  const T* residual;  // or null
+  T* out;             // y or dx, or null
+  T* dresidual;       // or null
+  const A* mean;      // [matrices][groups], and invstd
+  const A* invstd;
+  const A* weight;  // [channels], or null
+  const A* bias;    // or null
+  const A* offset;  // [matrices][groups], or null: the gradient does not go through the statistics
+  const A* slope;
+  int64_t* num_batches_tracked;  // stats: incremented, or null
+  double* partials;              // [matrices][splits][channels] of what the stage reduces
+
+  NORMFUSED_INLINE int64_t depth() const { return pass.view.channels / groups; }
+};
+
+template <class A>
+struct RunningStatistics {
+  A* mean;  // or null
+  A* var;
+  double momentum;
+  bool cumulative;               // the momentum is 1 / *num_batches_tracked
+  int64_t* num_batches_tracked;  // incremented here only if the batch is empty
+};
+
+template <class T>
+Status stats(const Stage<T>& stage, void* stream);
+template <class T>
+Status apply(const Stage<T>& stage, void* stream);
+template <class T>
+Status backward_reduce(const Stage<T>& stage, void* stream);
+template <class T>
+Status backward_apply(const Stage<T>& stage, void* stream);
+
+// Both in one, statistics included: of BatchNorm, not in float64, not cumulative, where a channel fits on chip.
+template <class T>
+Status channel_forward(const Stage<T>& stage, double eps, const RunningStatistics<Accumulator<T>>& running,
+                       Accumulator<T>* mean, Accumulator<T>* invstd, void* stream);
+
+// Partials of stats to mean and invstd of the chunk's groups; without values both are 0 and nothing is running.
+template <class T>
+Status finish_stats(const Stage<T>& stage, double eps, const RunningStatistics<Accumulator<T>>& running,
+                    Accumulator<T>* mean, Accumulator<T>* invstd, void* stream);
+// Partials of backward_reduce to offset and slope of the chunk's groups.
+template <class T>
+Status finish_backward(const Stage<T>& stage, Accumulator<T>* offset, Accumulator<T>* slope, void* stream);
+// Partials of backward_reduce, of all chunks, to dweight and dbias, either of which may be null.
+template <class T>
+Status finish_parameters(const Stage<T>& stage, Accumulator<T>* dweight, Accumulator<T>* dbias, void* stream);
+
+}  // namespace normfused::cuda

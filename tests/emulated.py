@@ -1,0 +1,231 @@
+"""The CUDA kernels on the CPU: compiled with the emulator into a library, and called by ctypes."""
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+SOURCES = ("batch_norm.cu", "group_norm.cu", "stages.cu")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu")
+FORMATS = ("contiguous", "channels_last")
+SCHEDULES = ((0, 0), (1, 0), (1, 1), (2, 1))
+
+
+def structure(name, **fields):
+    return type(name, (Structure,), {"_fields_": list(fields.items())})
+
+
+def pointers(*names):
+    return dict.fromkeys(names, c_void_p)
+
+
+Extent = structure("Extent", N=c_int64, C=c_int64, S=c_int64, format=c_int)
+HEAD = {"dtype": c_int, "activation": c_int, "extent": Extent}
+BatchNormForward = structure(
+    "BatchNormForward",
+    **HEAD,
+    training=c_bool,
+    momentum=c_double,
+    eps=c_double,
+    **pointers("x", "residual", "weight", "bias", "running_mean", "running_var", "y", "mean", "invstd", "workspace"),
+    **pointers("num_batches_tracked"),
+    cumulative=c_bool,
+)
+BatchNormBackward = structure(
+    "BatchNormBackward",
+    **HEAD,
+    training=c_bool,
+    **pointers("dy", "x", "residual", "weight", "bias", "mean", "invstd"),
+    **pointers("dx", "dweight", "dbias", "dresidual", "workspace"),
+)
+GroupNormForward = structure(
+    "GroupNormForward",
+    **HEAD,
+    groups=c_int64,
+    eps=c_double,
+    **pointers("x", "weight", "bias", "y", "mean", "rstd", "workspace"),
+)
+GroupNormBackward = structure(
+    "GroupNormBackward",
+    **HEAD,
+    groups=c_int64,
+    **pointers("dy", "x", "weight", "bias", "mean", "rstd", "dx", "dweight", "dbias", "workspace"),
+)
+DeviceLimits = structure(
+    "DeviceLimits",
+    compute_capability=c_int,
+    multiprocessors=c_int,
+    threads_per_multiprocessor=c_int,
+    blocks_per_multiprocessor=c_int,
+    shared_per_block=c_size_t,
+    shared_per_multiprocessor=c_size_t,
+    shared_reserved_per_block=c_size_t,
+    max_cluster=c_int,
+    l2_bytes=c_size_t,
+    max_grid_x=c_int64,
+    max_grid_y=c_int64,
+)
+PlanRequest = structure(
+    "PlanRequest",
+    extent=Extent,
+    dtype=c_int,
+    groups=c_int64,
+    direction=c_int,
+    reduces=c_bool,
+    residual=c_bool,
+    aligned=c_bool,
+    on_chip=c_bool,
+)
+View = structure("View", matrices=c_int64, rows=c_int64, channels=c_int64, group=c_int64)
+Pass = structure(
+    "Pass",
+    shape=c_int,
+    view=View,
+    vector=c_int,
+    splits=c_int64,
+    per_split=c_int64,
+    slots_per_row=c_int64,
+    aligned=c_bool,
+    tile_channels=c_int64,
+    tile_vectors=c_int,
+    row_groups=c_int,
+    reduce_bytes=c_size_t,
+)
+LaunchPlan = structure(
+    "LaunchPlan",
+    path=c_int,
+    view=View,
+    groups=c_int64,
+    reduce=Pass,
+    apply=Pass,
+    chunk_matrices=c_int64,
+    chunk_groups=c_int64,
+    workspace_bytes=c_int64,
+    bytes_moved=c_int64,
+)
+
+
+def limits(compute_capability=90, multiprocessors=132, shared=227 << 10, l2_bytes=50 << 20, max_cluster=8):
+    return DeviceLimits(
+        compute_capability,
+        multiprocessors,
+        2048,
+        32,
+        shared,
+        shared + 1024,
+        1024,
+        max_cluster,
+        l2_bytes,
+        2**31 - 1,
+        65535,
+    )
+
+
+def compile_with(*arguments):
+    result = subprocess.run([*COMPILER, *FLAGS, *map(str, arguments)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def compiler_or_skip():
+    if shutil.which(COMPILER[0]) is None:
+        pytest.skip(f"no C++ compiler ({COMPILER[0]}) was found")
+
+
+def build(folder, root=ROOT, flags=("-O1",), emulator=None):
+    """Compiles the kernels under ``root`` into a library in ``folder``; returns its path and the emulator's object."""
+    source = root / "tests/emulator"
+    flags = [*flags, "-DNORMFUSED_EMULATOR", f"-I{source}"]
+    if emulator is None:
+        # Never with a sanitizer.
+        emulator = folder / "emulator.o"
+        compile_with("-O2", "-DNORMFUSED_EMULATOR", f"-I{source}", "-c", source / "emulator.cpp", "-o", emulator)
+    objects = []
+    for path in (*(root / "csrc/kernels/cuda" / name for name in SOURCES), source / "kernels.cpp"):
+        objects.append(folder / f"{path.stem}.o")
+        compile_with(*flags, "-x", "c++", "-c", path, "-o", objects[-1])
+    library = folder / "libkernels.so"
+    compile_with(*flags, "-shared", *objects, emulator, "-o", library)
+    return library, emulator
+
+
+def pointer(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Kernels:
+    """The entry points over torch tensors seen as (N, C, S)."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+        self.library.status_message.restype = self.library.launch_names.restype = c_char_p
+        self.library.workspace_bytes.restype = c_int64
+        self.library.workspace_bytes.argtypes = [POINTER(Extent), c_int, c_int64, c_bool]
+        self.library.set_schedule.argtypes = [c_int, c_uint64]
+        self.library.plan_launches.restype = None
+
+    def set_schedule(self, schedule, seed=0):
+        self.library.set_schedule(schedule, seed)
+
+    def set_limits(self, device):
+        self.library.set_limits(byref(device))
+
+    def launches(self):
+        return self.library.launch_names().decode().split()
+
+    def clear_launches(self):
+        self.library.clear_launches()
+
+    def plan(self, request, device):
+        plan = LaunchPlan()
+        self.library.plan_launches(byref(request), byref(device), byref(plan))
+        return plan
+
+    def _call(self, function, args):
+        status = function(byref(args))
+        assert status == 0, self.library.status_message(status).decode()
+
+    def _workspace(self, extent, dtype, groups, backward):
+        """Exactly as large as asked for, between guards, and full of NaN."""
+        n = self.library.workspace_bytes(byref(extent), dtype, groups, backward)
+        return torch.full((n + 128,), 0xFF, dtype=torch.uint8), n
+
+    @staticmethod
+    def _head(x, layout, activation):
+        n, c, s = x.shape if layout == "contiguous" else (x.shape[0], x.shape[2], x.shape[1])
+        extent = Extent(n, c, s, FORMATS.index(layout))
+        return {"dtype": DTYPES.index(x.dtype), "activation": ACTIVATIONS.index(activation), "extent": extent}
+
+    def _run(self, function, make, head, backward, **fields):
+        memory, n = self._workspace(head["extent"], head["dtype"], head.get("groups", 0), backward)
+        tensors = {name: pointer(t) if t is None or torch.is_tensor(t) else t for name, t in fields.items()}
+        self._call(function, make(**head, **tensors, workspace=memory.data_ptr() + 64))
+        assert (memory[:64] == 0xFF).all(), "wrote before the workspace"
+        assert (memory[64 + n :] == 0xFF).all(), "wrote past the workspace"
+
+    def batch_norm_forward(self, x, layout, activation, **fields):
+        self._run(
+            self.library.batch_norm_forward, BatchNormForward, self._head(x, layout, activation), False, x=x, **fields
+        )
+
+    def batch_norm_backward(self, x, layout, activation, **fields):
+        self._run(
+            self.library.batch_norm_backward, BatchNormBackward, self._head(x, layout, activation), True, x=x, **fields
+        )
+
+    def group_norm_forward(self, x, layout, activation, groups, **fields):
+        head = self._head(x, layout, activation) | {"groups": groups}
+        self._run(self.library.group_norm_forward, GroupNormForward, head, False, x=x, **fields)
+
+    def group_norm_backward(self, x, layout, activation, groups, **fields):
+        head = self._head(x, layout, activation) | {"groups": groups}
+        self._run(self.library.group_norm_backward, GroupNormBackward, head, True, x=x, **fields)

@@ -1,0 +1,51 @@
+// The kernels' entry points, the launch plan and the emulator's controls in plain C, for ctypes.
+#include "../../csrc/kernels/batch_norm.h"
+#include "../../csrc/kernels/cuda/device.cuh"
+#include "../../csrc/kernels/cuda/launch_plan.h"
+#include "../../csrc/kernels/group_norm.h"
+
+#include <string>
+
+using namespace normfused;
+
+extern "C" {
+
+int batch_norm_forward(const BatchNormForward* args) { return cuda::batch_norm_forward(*args, nullptr); }
+int batch_norm_backward(const BatchNormBackward* args) { return cuda::batch_norm_backward(*args, nullptr); }
+int group_norm_forward(const GroupNormForward* args) { return cuda::group_norm_forward(*args, nullptr); }
+int group_norm_backward(const GroupNormBackward* args) { return cuda::group_norm_backward(*args, nullptr); }
+
+// groups = 0: BatchNorm.
+int64_t workspace_bytes(const Extent* extent, int dtype, int64_t groups, bool backward) {
+  int64_t bytes[2];
+  const auto type = static_cast<Dtype>(dtype);
+  if (groups == 0) {
+    cuda::batch_norm_workspace(*extent, type, &bytes[0], &bytes[1]);
+  } else {
+    cuda::group_norm_workspace(*extent, type, groups, &bytes[0], &bytes[1]);
+  }
+  return bytes[backward];
+}
+
+void plan_launches(const cuda::PlanRequest* request, const cuda::DeviceLimits* limits, cuda::LaunchPlan* plan) {
+  *plan = cuda::plan_launches(*request, *limits);
+}
+
+void set_schedule(int schedule, uint64_t seed) {
+  emulator::set_schedule(static_cast<emulator::Schedule>(schedule), seed);
+}
+
+void set_limits(const cuda::DeviceLimits* limits) { emulator::set_limits(*limits); }
+
+const char* status_message(int status) { return cuda::status_message(status); }
+
+// The names of the launches so far, one per line.
+const char* launch_names() {
+  static std::string names;
+  names.clear();
+  for (const emulator::Launch& launch : emulator::launches()) names += std::string(launch.config.name) + "\n";
+  return names.c_str();
+}
+
+void clear_launches() { emulator::clear_launches(); }
+}

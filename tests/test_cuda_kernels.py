@@ -1,0 +1,605 @@
+"""The CUDA kernels, run by the emulator, against the float64 formulas, and the invariants of their launch plans."""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import pytest
+import torch
+from emulated import (
+    ACTIVATIONS,
+    COMPILER,
+    DTYPES,
+    FORMATS,
+    ROOT,
+    SCHEDULES,
+    SOURCES,
+    Extent,
+    Kernels,
+    PlanRequest,
+    build,
+    compiler_or_skip,
+)
+from emulated import limits as device_limits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normfused import reference
+
+EPS = 1e-5
+# (rtol, atol) of what is rounded to x's dtype.
+TOLERANCE = {
+    torch.float32: (2e-5, 2e-5),
+    torch.float64: (1e-10, 1e-10),
+    torch.bfloat16: (1.6e-2, 1.6e-2),
+    torch.float16: (2e-3, 2e-3),
+}
+# The least z that rounds to six.
+SIX = {torch.float32: 6, torch.float64: 6, torch.bfloat16: 6 - 2**-6, torch.float16: 6 - 2**-9}
+SHAPES = (
+    (1, 1, 2),
+    (2, 3, 1),
+    (3, 5, 7),
+    (2, 31, 49),
+    (32, 33, 2),
+    (32, 2, 49),
+    (1, 3, 1023),
+    (2, 5, 1024),
+    (3, 2, 1025),
+    (2, 16, 196),
+    (3, 8, 300),
+    (4, 64, 9),
+    (131, 3, 1),
+    (1, 2, 9000),
+)
+SMALL_L2 = device_limits(multiprocessors=2, l2_bytes=8192)
+PATHS = {
+    f"{shape}_{stage}{suffix}"
+    for stage in ("stats", "apply", "backward_reduce", "backward_apply")
+    for shape, suffix in (("plane", ""), ("column", ""), ("column", "_scalar"))
+} | {"channel_forward", "finish_stats", "finish_backward", "finish_parameters", "use_running_stats"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    compiler_or_skip()
+    return build(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def kernels(built):
+    return Kernels(built[0])
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def statistics_type(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_layout(t, layout):
+    """``(N, C, S)`` as the kernels see it in a memory format."""
+    return t.contiguous() if layout == "contiguous" else t.transpose(1, 2).contiguous()
+
+
+def as_ncs(t, layout):
+    return t if layout == "contiguous" else t.transpose(1, 2)
+
+
+def misalign(t):
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def check(name, actual, expected, dtype, scale=1.0):
+    rtol, atol = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol * scale, msg=lambda m: f"{name}: {m}")
+
+
+def blank(t):
+    return None if t is None else torch.full_like(t, float("nan"))
+
+
+class Case:
+    """Random arguments of one call, and dy that is 0 where z is so near a kink that rounding decides."""
+
+    def __init__(
+        self, shape, dtype, layout, activation, seed, groups=0, residual=False, affine=(True, True), aligned=True
+    ):
+        n, c, s = shape
+        self.shape, self.dtype, self.layout, self.activation, self.groups = shape, dtype, layout, activation, groups
+        wide = statistics_type(dtype)
+        place = (lambda t: in_layout(t, layout)) if aligned else (lambda t: misalign(in_layout(t, layout)))
+        self.x64 = (3 * randn(n, c, s, seed=seed) + 2).to(dtype).double()
+        self.weight = (randn(c, seed=seed + 1) + 2).to(wide) if affine[0] else None
+        self.bias = (randn(c, seed=seed + 2) + 1).to(wide) if affine[1] else None
+        self.residual64 = randn(n, c, s, seed=seed + 3).to(dtype).double() if residual else None
+        self.x = place(self.x64.to(dtype))
+        self.residual = place(self.residual64.to(dtype)) if residual else None
+        self.seed, self.place, self.wide = seed, place, wide
+
+    def parameters64(self):
+        return tuple(t if t is None else t.double() for t in (self.weight, self.bias))
+
+    def set_dy(self, z):
+        dy = randn(*self.shape, seed=self.seed + 4)
+        near = (z.abs() < 1e-3) | ((z > SIX[self.dtype] - 1e-3) & (z < 6 + 1e-3)) | ((z.abs() - 3).abs() < 2e-2)
+        self.dy64 = torch.where(near, 0, dy).to(self.dtype).double()
+        self.dy = self.place(self.dy64.to(self.dtype))
+
+    def rounding(self):
+        """Makes the float64 formulas decide by z as an element of the case's dtype."""
+        return mock.patch.object(reference, "_rounded", lambda z, _: z.to(self.dtype).double())
+
+    def check(self, name, actual, expected):
+        scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+        if actual.dim() == 3:
+            actual = as_ncs(actual, self.layout)
+        # A z that single precision rounds the other way is one element's error of a 16-bit sum.
+        selects = self.activation in (None, "relu", "relu6")
+        wide = name not in ("y", "dx", "dresidual", *(() if selects else ("dweight", "dbias")))
+        check(name, actual, expected, self.wide if wide else self.dtype, scale)
+
+
+def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True, True, True)):
+    c = case.shape[1]
+    running = [randn(c, seed=5).to(case.wide), (randn(c, seed=6).abs() + 0.5).to(case.wide)]
+    before = [t.double().clone() for t in running]
+    counter = torch.tensor([4])
+    y, mean, invstd = blank(case.x), torch.empty(c, dtype=case.wide), torch.empty(c, dtype=case.wide)
+    kernels.batch_norm_forward(
+        case.x, case.layout, case.activation, training=training, momentum=momentum or 0.0, cumulative=momentum is None,
+        eps=EPS, residual=case.residual, weight=case.weight, bias=case.bias, running_mean=running[0],
+        running_var=running[1], num_batches_tracked=counter if training else None, y=y, mean=mean, invstd=invstd,
+    )  # fmt: skip
+    weight, bias = case.parameters64()
+    factor = 1 / 5 if momentum is None else momentum
+    if training:
+        mean64, var64 = reference.batch_statistics(case.x64)
+        after = reference.running_statistics(case.x64, *before, factor)
+        assert counter.item() == 5
+    else:
+        (mean64, var64), after = before, before
+    case.check("mean", mean, mean64)
+    case.check("invstd", invstd, (var64 + EPS).rsqrt())
+    case.check("running_mean", running[0], after[0])
+    case.check("running_var", running[1], after[1])
+    args = (case.x64, weight, bias, case.residual64, mean64, var64, EPS)
+    case.check("y", y, reference.batch_norm_act(*args, case.activation))
+
+    case.set_dy(reference.batch_norm_act(*args, None))
+    need_dx, need_dweight, need_dbias, need_dresidual = needs
+    dx = blank(case.x) if need_dx else None
+    dweight = torch.empty(c, dtype=case.wide) if need_dweight else None
+    dbias = torch.empty(c, dtype=case.wide) if need_dbias else None
+    dresidual = blank(case.x) if need_dresidual and case.residual is not None else None
+    kernels.batch_norm_backward(
+        case.x, case.layout, case.activation, training=training, dy=case.dy, residual=case.residual, weight=case.weight,
+        bias=case.bias, mean=mean, invstd=invstd, dx=dx, dweight=dweight, dbias=dbias, dresidual=dresidual,
+    )  # fmt: skip
+    invstd64 = (var64 + EPS).rsqrt()
+    args = (case.dy64, case.x64, weight, bias, case.residual64, mean64, invstd64, training, EPS, case.activation)
+    with case.rounding():
+        expected = reference.batch_norm_act_backward(*args)
+    names = ("dx", "dweight", "dbias", "dresidual")
+    for name, actual, value in zip(names, (dx, dweight, dbias, dresidual), expected, strict=True):
+        if actual is not None:
+            case.check(name, actual, value)
+    return y, dx, dweight, dbias
+
+
+def run_group_norm(kernels, case, needs=(True, True, True)):
+    n, c, _ = case.shape
+    y = blank(case.x)
+    mean, rstd = (torch.full((n, case.groups), float("nan"), dtype=case.wide) for _ in range(2))
+    kernels.group_norm_forward(
+        case.x, case.layout, case.activation, case.groups, eps=EPS, weight=case.weight, bias=case.bias, y=y, mean=mean,
+        rstd=rstd,
+    )  # fmt: skip
+    weight, bias = case.parameters64()
+    mean64, var64 = reference.group_statistics(case.x64, case.groups)
+    case.check("mean", mean, mean64)
+    case.check("invstd", rstd, (var64 + EPS).rsqrt())
+    args = (case.x64, case.groups, weight, bias, EPS)
+    case.check("y", y, reference.group_norm_act(*args, case.activation))
+
+    case.set_dy(reference.group_norm_act(*args, None))
+    dx = blank(case.x) if needs[0] else None
+    dweight, dbias = (torch.empty(c, dtype=case.wide) if need else None for need in needs[1:])
+    kernels.group_norm_backward(
+        case.x, case.layout, case.activation, case.groups, dy=case.dy, weight=case.weight, bias=case.bias, mean=mean,
+        rstd=rstd, dx=dx, dweight=dweight, dbias=dbias,
+    )  # fmt: skip
+    args = (case.dy64, case.x64, weight, bias, case.groups, EPS, case.activation)
+    with case.rounding():
+        expected = reference.group_norm_act_backward(*args)
+    for name, actual, value in zip(("dx", "dweight", "dbias"), (dx, dweight, dbias), expected, strict=True):
+        if actual is not None:
+            case.check(name, actual, value)
+    return y, dx, dweight, dbias
+
+
+def cases():
+    """Every shape x dtype x format, the other choices taken in turn."""
+    turns = itertools.count()
+    for shape, dtype, layout in itertools.product(SHAPES, DTYPES, FORMATS):
+        turn = next(turns)
+        yield pytest.param(
+            shape, dtype, layout, turn, id=f"{shape}-{dtype}-{layout}".replace("torch.", "").replace(" ", "")
+        )
+
+
+def prepare(kernels, turn):
+    kernels.set_schedule(*SCHEDULES[turn % len(SCHEDULES)])
+    kernels.set_limits(SMALL_L2 if turn % 3 == 0 else device_limits())
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout", "turn"), list(cases()))
+def test_batch_norm(kernels, shape, dtype, layout, turn):
+    prepare(kernels, turn)
+    case = Case(
+        shape, dtype, layout, ACTIVATIONS[turn % 7], turn, residual=turn % 2 == 1,
+        affine=(turn % 5 != 0, turn % 4 != 0), aligned=turn % 6 != 5,
+    )  # fmt: skip
+    needs = ((True,) * 4, (False, True, False, True), (True, False, True, False), (False, False, False, True))
+    run_batch_norm(kernels, case, training=turn % 5 < 3, momentum=None if turn % 2 else 0.3, needs=needs[turn % 11 % 4])
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout", "turn"), list(cases()))
+def test_group_norm(kernels, shape, dtype, layout, turn):
+    n, c, s = shape
+    if n * c * s < 4:
+        pytest.skip("one value per group")
+    prepare(kernels, turn + 1)
+    divisors = [g for g in range(1, c + 1) if c % g == 0 and c // g * s > 1]
+    case = Case(
+        shape, dtype, layout, ACTIVATIONS[turn % 7], turn, groups=divisors[turn % len(divisors)],
+        affine=(turn % 5 != 0, turn % 4 != 0), aligned=turn % 6 != 5,
+    )  # fmt: skip
+    needs = ((True,) * 3, (True, False, True), (False, True, False))
+    run_group_norm(kernels, case, needs=needs[turn % 7 % 3])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations(kernels, dtype, layout, activation):
+    prepare(kernels, 1)
+    for shape in ((2, 8, 36), (2, 3, 264)):
+        run_batch_norm(kernels, Case(shape, dtype, layout, activation, 40, residual=True))
+        run_group_norm(kernels, Case(shape, dtype, layout, activation, 50, groups=1))
+
+
+def test_every_path_of_the_plan_was_launched(kernels):
+    """The tests above; alone, a selection of them."""
+    prepare(kernels, 1)
+    kernels.clear_launches()
+    for aligned, layout, shape in itertools.product((True, False), FORMATS, ((2, 8, 36), (2, 3, 264))):
+        case = Case(shape, torch.float16, layout, "relu6", 60, aligned=aligned)
+        run_batch_norm(kernels, case)
+    run_batch_norm(kernels, Case((2, 8, 36), torch.float32, "contiguous", "relu", 61), training=False)
+    kernels.set_limits(SMALL_L2)
+    run_batch_norm(kernels, Case((2, 3, 265), torch.float16, "contiguous", "relu6", 62))
+    assert set(kernels.launches()) == PATHS
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", [(3, 4, 49), (5, 2, 300), (3, 200, 130)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_under_every_schedule(kernels, dtype, shape, layout):
+    results = []
+    for schedule in SCHEDULES:
+        kernels.set_schedule(*schedule)
+        results.append(run_batch_norm(kernels, Case(shape, dtype, layout, "relu6", 70)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def batch_norm_forward(kernels, x, layout, activation=None, **fields):
+    c = x.shape[1]
+    wide = statistics_type(x.dtype)
+    data = in_layout(x, layout)
+    y, mean, invstd = blank(data), torch.empty(c, dtype=wide), torch.empty(c, dtype=wide)
+    defaults = {"training": True, "momentum": 0.1, "eps": EPS, "y": y, "mean": mean, "invstd": invstd}
+    kernels.batch_norm_forward(data, layout, activation, **(defaults | fields))
+    return as_ncs(y, layout), mean, invstd
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("s", [49, 300])
+@pytest.mark.parametrize("device", [device_limits(), SMALL_L2])
+@pytest.mark.parametrize(("mean", "sigma"), [(1e6, 1.0), (100, 0.01), (0, 1e30), (1e30, 1e29), (-3e4, 3e-1)])
+def test_variance_does_not_cancel_or_overflow(kernels, mean, sigma, s, layout, device):
+    prepare(kernels, 1)
+    kernels.set_limits(device)
+    x = (mean + sigma * randn(7, 3, s)).float()
+    _, actual_mean, invstd = batch_norm_forward(kernels, x, layout)
+    mean64, var64 = reference.batch_statistics(x.double())
+    torch.testing.assert_close(actual_mean, mean64.float(), rtol=1e-6, atol=1e-6 * sigma)
+    torch.testing.assert_close(invstd, (var64 + EPS).rsqrt().float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("s", [49, 300])
+def test_nan_and_infinity_stay_in_their_channel(kernels, s, layout):
+    prepare(kernels, 0)
+    x = randn(3, 4, s).float()
+    x[0, 0, 5] = float("nan")
+    x[2, 1, s - 1] = float("inf")
+    x[:, 2] = 7
+    y, _, _ = batch_norm_forward(kernels, x, layout, "relu6")
+    assert y[:, :2].isnan().all()
+    assert (y[:, 2] == 0).all()
+    assert y[:, 3].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("s", [8, 264])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kinks(kernels, dtype, s, layout):
+    """z is x here: ReLU6's gradient by what z is as an element of dtype, NaN lets dy pass, -0 stays."""
+    prepare(kernels, 1)
+    nan, inf = float("nan"), float("inf")
+    tiny, half = torch.finfo(dtype).tiny, {torch.bfloat16: 2**-6, torch.float16: 2**-9}.get(dtype, 0)
+    bias = torch.tensor(
+        [0.0, -0.0, 6.0, 6 - half, 6 - 1.5 * half - 1e-3, nan, 7.0, -1.0, tiny, inf], dtype=statistics_type(dtype)
+    )
+    kept = torch.tensor([0, 0, 0, 0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
+    c = bias.numel()
+    ones, zeros = torch.ones_like(bias), torch.zeros_like(bias)
+    x = torch.zeros(2, c, s, dtype=dtype)
+    data, dy = in_layout(x, layout), in_layout(torch.full_like(x, 3), layout)
+    dx, dresidual = blank(data), blank(data)
+    kernels.batch_norm_backward(
+        data, layout, "relu6", training=False, dy=dy, residual=in_layout(-x, layout), bias=bias, mean=zeros,
+        invstd=ones, dx=dx, dresidual=dresidual,
+    )  # fmt: skip
+    for gradient in (dx, dresidual):
+        assert torch.equal(as_ncs(gradient, layout), torch.where(kept[:, None], 3.0, 0.0).to(dtype).expand(2, c, s))
+    y, _, _ = batch_norm_forward(
+        kernels, x, layout, "relu6", training=False, bias=bias, running_mean=zeros, running_var=ones - EPS, eps=EPS
+    )
+    expected = reference.FORWARD["relu6"](bias).to(dtype)
+    torch.testing.assert_close(y, expected[:, None].expand(2, c, s), rtol=0, atol=0, equal_nan=True)
+    # An infinite dy over the dead region.
+    dy.fill_(inf)
+    kernels.batch_norm_backward(data, layout, "relu6", training=False, dy=dy, bias=bias, mean=zeros, invstd=ones, dx=dx)
+    assert torch.equal(as_ncs(dx, layout), torch.where(kept[:, None], inf, 0.0).to(dtype).expand(2, c, s))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 3, 0)])
+def test_empty(kernels, shape, layout):
+    case = Case(shape, torch.float32, layout, "relu", 80)
+    n, c, _ = shape
+    running = [torch.full((c,), 0.5), torch.full((c,), 2.0)]
+    counter = torch.tensor([4])
+    _, mean, invstd = batch_norm_forward(
+        kernels, case.x64.float(), layout, running_mean=running[0], running_var=running[1], num_batches_tracked=counter
+    )
+    assert counter.item() == 5
+    assert (running[0] == 0.5).all()
+    assert (running[1] == 2).all()
+    case.set_dy(case.x64)
+    dweight, dbias = torch.ones(c), torch.ones(c)
+    kernels.batch_norm_backward(
+        case.x, layout, None, training=True, dy=case.dy, mean=mean, invstd=invstd, dx=blank(case.x), dweight=dweight,
+        dbias=dbias,
+    )  # fmt: skip
+    assert not dweight.any()
+    assert not dbias.any()
+    case.groups = 3
+    mean, rstd = torch.ones(n, 3), torch.ones(n, 3)
+    kernels.group_norm_forward(case.x, layout, None, 3, eps=EPS, y=blank(case.x), mean=mean, rstd=rstd)
+    assert not mean.any()
+    assert not rstd.any()
+    dweight, dbias = torch.ones(c), torch.ones(c)
+    kernels.group_norm_backward(
+        case.x, layout, None, 3, dy=case.dy, mean=mean, rstd=rstd, dx=blank(case.x), dweight=dweight, dbias=dbias
+    )
+    assert not dweight.any()
+    assert not dbias.any()
+
+
+# --- Launch plans ----------------------------------------------------------------------------------------------------
+
+DEVICES = {
+    80: device_limits(80, 108, 163 << 10, 40 << 20, 1),
+    86: device_limits(86, 84, 99 << 10, 6 << 20, 1),
+    89: device_limits(89, 128, 99 << 10, 72 << 20, 1),
+    90: device_limits(90, 132, 227 << 10, 50 << 20, 16),
+    100: device_limits(100, 148, 227 << 10, 126 << 20, 16),
+}
+sizes = st.one_of(
+    st.integers(0, 70), st.sampled_from([1023, 1024, 1025, 3136, 12544, 65535, 65536, 131072]), st.integers(1, 300000)
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    n=sizes, c=sizes.filter(bool), s=sizes, dtype=st.integers(0, 3), layout=st.integers(0, 1),
+    group_size=st.integers(0, 64), backward=st.booleans(), reduces=st.booleans(),
+    residual=st.booleans(), aligned=st.booleans(), on_chip=st.booleans(),
+    device=st.sampled_from(sorted(DEVICES)),
+)  # fmt: skip
+def test_plans_cover_everything_once_within_the_limits(
+    kernels, n, c, s, dtype, layout, group_size, backward, reduces, residual, aligned, on_chip, device
+):
+    if n * c * s > 2**36:
+        n = min(n, 64)
+    groups = c // group_size if group_size and c % group_size == 0 else min(group_size, 1)
+    device = DEVICES[device]
+    request = PlanRequest(Extent(n, c, s, layout), dtype, groups, backward, reduces, residual, aligned, on_chip)
+    plan = kernels.plan(request, device)
+    view = plan.view
+    assert view.matrices * view.rows * view.channels * view.group == n * c * s
+    assert plan.workspace_bytes >= 0
+    if n * c * s == 0:
+        assert plan.path == 0
+        return
+    if plan.path == 3:
+        p = plan.reduce
+        assert on_chip
+        assert reduces
+        assert not backward
+        assert groups == 0
+        assert layout == 0
+        assert p.splits == 1
+        assert p.per_split == n * p.slots_per_row
+        assert p.slots_per_row * p.vector >= s
+        assert p.reduce_bytes + 16 * p.per_split <= device.shared_per_block
+        return
+    assert plan.path == (1 if reduces else 2)
+    assert 1 <= plan.chunk_matrices <= view.matrices
+    assert 1 <= plan.chunk_groups <= plan.groups
+    # A few launches; more only where the tensor is many times as large as L2.
+    element = (4, 8, 2, 2)[dtype]
+    total = n * c * s * element * (1 + backward + residual)
+    chunks = -(-view.matrices // plan.chunk_matrices) * -(-plan.groups // plan.chunk_groups)
+    unit = max(total // plan.groups // view.matrices, 1)
+    assert chunks <= 4 * max(total / (0.4 * device.l2_bytes), 1) + 1 or unit > 0.1 * device.l2_bytes
+    for name in ("reduce", "apply") if reduces else ("apply",):
+        p = getattr(plan, name)
+        v = p.view
+        assert v.matrices * v.rows * v.channels * v.group == n * c * s
+        channels = plan.chunk_groups * (v.channels // plan.groups)
+        assert 1 <= p.splits <= device.max_grid_y
+        if p.shape == 0:
+            # Slots of a row, wherever it starts within a vector.
+            for start in range(p.vector) if v.group % p.vector or not aligned else (0,):
+                assert p.slots_per_row * p.vector >= v.group + (start if aligned else 0)
+            work, tiles = v.rows * p.slots_per_row, channels
+            assert p.per_split % 256 == 0
+        else:
+            work, tiles = v.rows, -(-channels // p.tile_channels)
+            columns = p.tile_channels * v.group
+            assert columns == p.tile_vectors * p.vector
+            assert 1 <= p.row_groups * p.tile_vectors <= 256
+            if p.vector > 1:
+                # Every vector starts at a multiple of its size and ends inside of the row.
+                first_channels = plan.chunk_groups * (v.channels // plan.groups) if channels < v.channels else 0
+                assert aligned
+                assert v.channels * v.group % p.vector == first_channels * v.group % p.vector == 0
+                assert p.tile_channels * v.group % p.vector == 0
+        assert (p.splits - 1) * p.per_split < work <= p.splits * p.per_split
+        assert plan.chunk_matrices * tiles <= device.max_grid_x
+        assert p.reduce_bytes <= 48 << 10
+
+
+# --- Sanitizers, mutations, nvcc -------------------------------------------------------------------------------------
+
+# (file, what is there, what is put there)
+MUTATIONS = {
+    "missing barrier before a tile's columns are combined": (
+        "stages.cu",
+        "  __syncthreads();\n  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto*",
+        "  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto*",
+    ),
+    "missing barrier in block_sum": ("block_reduce.cuh", "  __syncthreads();\n  // Every warp", "  // Every warp"),
+    "one slot too many": ("elements.cuh", "view.rows * pass.slots_per_row)", "view.rows * pass.slots_per_row + 1)"),
+    "one row too few": ("elements.cuh", "row < c.end; row += step", "row + 1 < c.end; row += step"),
+    "elements before a plane": ("elements.cuh", "max(-inside, int64_t(0))", "int64_t(0)"),
+    "mask of an unrounded z": ("elements.cuh", "kSix = 6 - 0x1p-6f", "kSix = 6"),
+    "count of another row group": ("elements.cuh", "/ pass.row_groups : 0", "/ pass.row_groups + 1 : 0"),
+    "another element's residual in the backward": (
+        "stages.cu",
+        "  if (s.residual) z += to_accumulator(residual.values[v]);\n  return activate_backward",
+        "  if (s.residual) z += to_accumulator(residual.values[0]);\n  return activate_backward",
+    ),
+}
+
+
+def selection(kernels):
+    """A call of every kernel, small."""
+    for turn, (aligned, layout, shape) in enumerate(
+        itertools.product((True, False), FORMATS, ((2, 8, 36), (19, 3, 5), (2, 3, 265)))
+    ):
+        prepare(kernels, turn)
+        dtype = DTYPES[turn % 4]
+        run_batch_norm(kernels, Case(shape, dtype, layout, "relu6", turn, residual=True, aligned=aligned))
+        run_group_norm(kernels, Case(shape, dtype, layout, "silu", turn, groups=1, aligned=aligned))
+    kernels.set_limits(SMALL_L2)
+    run_batch_norm(kernels, Case((2, 3, 265), torch.bfloat16, "contiguous", "relu6", 90, residual=True))
+    for layout, s in itertools.product(FORMATS, (8, 264)):
+        test_kinks(kernels, torch.bfloat16, s, layout)
+
+
+def patched(folder, file, old, new):
+    """A copy of the sources with one change."""
+    for part in ("csrc/kernels", "tests/emulator"):
+        shutil.copytree(ROOT / part, folder / part)
+    path = folder / "csrc/kernels/cuda" / file
+    source = path.read_text()
+    assert source.count(old) == 1, f"{file} has {source.count(old)} times {old!r}"
+    path.write_text(source.replace(old, new))
+    return folder
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_is_found(built, mutation, tmp_path):
+    file, old, new = MUTATIONS[mutation]
+    (tmp_path / "built").mkdir()
+    library, _ = build(tmp_path / "built", patched(tmp_path / "source", file, old, new), ["-O0"], built[1])
+    result = run_selection(library)
+    assert result.returncode != 0
+
+
+def run_selection(library, **environment):
+    """selection() in a process of its own; it may crash."""
+    code = f"from test_cuda_kernels import Kernels, selection; selection(Kernels({str(library)!r}))"
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )
+
+
+def test_the_selection_passes(built):
+    result = run_selection(built[0])
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_address_and_undefined_behaviour_sanitizers(built, tmp_path):
+    flags = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    runtime = subprocess.run([*COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip(f"{COMPILER[0]} has no AddressSanitizer")
+    library, _ = build(tmp_path, flags=flags, emulator=built[1])
+    result = run_selection(library, LD_PRELOAD=runtime, ASAN_OPTIONS="detect_leaks=0")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_nvcc_compiles_without_a_warning_or_a_spill(architecture, tmp_path):
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    flags = ["-std=c++20", "-O3", f"-arch={architecture}", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra"]
+    registers = []
+    begin = time.monotonic()
+    for source in SOURCES:
+        result = subprocess.run(
+            [nvcc, *flags, "-Werror=all-warnings", "-c", ROOT / "csrc/kernels/cuda" / source, "-o", tmp_path / "out.o"],
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+        assert all(spill == ("0", "0") for spill in spills), result.stderr
+        registers += map(int, re.findall(r"Used (\d+) registers", result.stderr))
+    print(
+        f"{architecture}: {len(registers)} kernels, at most {max(registers)} registers,",
+        f"compiled in {time.monotonic() - begin:.0f} s",
+    )
+    assert 0 < len(registers) <= 250
+    assert max(registers) <= 128
