@@ -150,7 +150,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
       });
       return;
     }
-    for (int64_t c = end - 1; c >= begin; --c) {
+    for (int64_t c = begin; c < end; ++c) {
       const int64_t at = (sample + c) * e_.S;
       this->functions_.plane.apply(x_ + at, nullptr, y_ + at, 1, e_.S, e_.S, parameters(c));
     }
@@ -354,7 +354,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       });
       return;
     }
-    for (int64_t c = end - 1; c >= begin; --c) {
+    for (int64_t c = begin; c < end; ++c) {
       const int64_t at = (n * e_.C + c) * e_.S;
       this->functions_.plane.backward(x_ + at, dy_ + at, nullptr, dx_ + at, 1, e_.S, e_.S, parameters(c));
     }
