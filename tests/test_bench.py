@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import normfused
 from bench import cases, check, memory, ops, providers, report, timing, training
 from bench.__main__ import main
 
@@ -225,6 +226,16 @@ def test_peak_memory_of_a_known_pattern():
         return third
 
     assert memory.peak_memory(pattern) == 6 * MIB
+
+
+def test_peak_memory_counts_what_normfused_keeps():
+    x = torch.randn(1, 4, MIB)
+
+    def pattern():
+        return normfused.functional.group_norm_act(x, 4)
+
+    pattern()  # leaves its memory for the next one
+    assert 16 * MIB <= memory.peak_memory(pattern) < 17 * MIB
 
 
 def test_peak_memory_ignores_what_was_there_before():
