@@ -16,6 +16,7 @@ from emulated import (
     COMPILER,
     DTYPES,
     FORMATS,
+    PATH_NAMES,
     ROOT,
     SCHEDULES,
     SOURCES,
@@ -110,15 +111,19 @@ class Case:
     """Random arguments of one call, and dy that is 0 where z is so near a kink that rounding decides."""
 
     def __init__(
-        self, shape, dtype, layout, activation, seed, groups=0, residual=False, affine=(True, True), aligned=True
-    ):
+        self, shape, dtype, layout, activation, seed, groups=0, residual=False, affine=(True, True), aligned=True,
+        narrow=False, pre_activation=None,
+    ):  # fmt: skip
         n, c, s = shape
         self.shape, self.dtype, self.layout, self.activation, self.groups = shape, dtype, layout, activation, groups
         wide = statistics_type(dtype)
         place = (lambda t: in_layout(t, layout)) if aligned else (lambda t: misalign(in_layout(t, layout)))
         self.x64 = (3 * randn(n, c, s, seed=seed) + 2).to(dtype).double()
-        self.weight = (randn(c, seed=seed + 1) + 2).to(wide) if affine[0] else None
-        self.bias = (randn(c, seed=seed + 2) + 1).to(wide) if affine[1] else None
+        self.input64 = reference.FORWARD[pre_activation](self.x64).to(dtype).double()
+        self.pre_activation, self.narrow = pre_activation, narrow
+        parameter = dtype if narrow else wide
+        self.weight = (randn(c, seed=seed + 1) + 2).to(parameter) if affine[0] else None
+        self.bias = (randn(c, seed=seed + 2) + 1).to(parameter) if affine[1] else None
         self.residual64 = randn(n, c, s, seed=seed + 3).to(dtype).double() if residual else None
         self.x = place(self.x64.to(dtype))
         self.residual = place(self.residual64.to(dtype)) if residual else None
@@ -144,12 +149,14 @@ class Case:
         # A z that single precision rounds the other way is one element's error of a 16-bit sum.
         selects = self.activation in (None, "relu", "relu6")
         wide = name not in ("y", "dx", "dresidual", *(() if selects else ("dweight", "dbias")))
+        wide = wide and not (self.narrow and name.startswith("running"))
         check(name, actual, expected, self.wide if wide else self.dtype, scale)
 
 
 def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True, True, True)):
     c = case.shape[1]
-    running = [randn(c, seed=5).to(case.wide), (randn(c, seed=6).abs() + 0.5).to(case.wide)]
+    running_dtype = case.dtype if case.narrow else case.wide
+    running = [randn(c, seed=5).to(running_dtype), (randn(c, seed=6).abs() + 0.5).to(running_dtype)]
     before = [t.double().clone() for t in running]
     counter = torch.tensor([4])
     y, mean, invstd = blank(case.x), torch.empty(c, dtype=case.wide), torch.empty(c, dtype=case.wide)
@@ -157,12 +164,13 @@ def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True
         case.x, case.layout, case.activation, training=training, momentum=momentum or 0.0, cumulative=momentum is None,
         eps=EPS, residual=case.residual, weight=case.weight, bias=case.bias, running_mean=running[0],
         running_var=running[1], num_batches_tracked=counter if training else None, y=y, mean=mean, invstd=invstd,
+        pre_activation=case.pre_activation, narrow_parameters=case.narrow, narrow_running=case.narrow,
     )  # fmt: skip
     weight, bias = case.parameters64()
     factor = 1 / 5 if momentum is None else momentum
     if training:
-        mean64, var64 = reference.batch_statistics(case.x64)
-        after = reference.running_statistics(case.x64, *before, factor)
+        mean64, var64 = reference.batch_statistics(case.input64)
+        after = reference.running_statistics(case.input64, *before, factor)
         assert counter.item() == 5
     else:
         (mean64, var64), after = before, before
@@ -170,7 +178,7 @@ def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True
     case.check("invstd", invstd, (var64 + EPS).rsqrt())
     case.check("running_mean", running[0], after[0])
     case.check("running_var", running[1], after[1])
-    args = (case.x64, weight, bias, case.residual64, mean64, var64, EPS)
+    args = (case.input64, weight, bias, case.residual64, mean64, var64, EPS)
     case.check("y", y, reference.batch_norm_act(*args, case.activation))
 
     case.set_dy(reference.batch_norm_act(*args, None))
@@ -182,11 +190,13 @@ def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True
     kernels.batch_norm_backward(
         case.x, case.layout, case.activation, training=training, dy=case.dy, residual=case.residual, weight=case.weight,
         bias=case.bias, mean=mean, invstd=invstd, dx=dx, dweight=dweight, dbias=dbias, dresidual=dresidual,
+        pre_activation=case.pre_activation, narrow_parameters=case.narrow,
     )  # fmt: skip
     invstd64 = (var64 + EPS).rsqrt()
-    args = (case.dy64, case.x64, weight, bias, case.residual64, mean64, invstd64, training, EPS, case.activation)
+    args = (case.dy64, case.input64, weight, bias, case.residual64, mean64, invstd64, training, EPS, case.activation)
     with case.rounding():
-        expected = reference.batch_norm_act_backward(*args)
+        dx64, *others = reference.batch_norm_act_backward(*args)
+    expected = (reference.BACKWARD[case.pre_activation](case.x64, dx64), *others)
     names = ("dx", "dweight", "dbias", "dresidual")
     for name, actual, value in zip(names, (dx, dweight, dbias, dresidual), expected, strict=True):
         if actual is not None:
@@ -200,7 +210,7 @@ def run_group_norm(kernels, case, needs=(True, True, True)):
     mean, rstd = (torch.full((n, case.groups), float("nan"), dtype=case.wide) for _ in range(2))
     kernels.group_norm_forward(
         case.x, case.layout, case.activation, case.groups, eps=EPS, weight=case.weight, bias=case.bias, y=y, mean=mean,
-        rstd=rstd,
+        rstd=rstd, narrow_parameters=case.narrow,
     )  # fmt: skip
     weight, bias = case.parameters64()
     mean64, var64 = reference.group_statistics(case.x64, case.groups)
@@ -214,7 +224,7 @@ def run_group_norm(kernels, case, needs=(True, True, True)):
     dweight, dbias = (torch.empty(c, dtype=case.wide) if need else None for need in needs[1:])
     kernels.group_norm_backward(
         case.x, case.layout, case.activation, case.groups, dy=case.dy, weight=case.weight, bias=case.bias, mean=mean,
-        rstd=rstd, dx=dx, dweight=dweight, dbias=dbias,
+        rstd=rstd, dx=dx, dweight=dweight, dbias=dbias, narrow_parameters=case.narrow,
     )  # fmt: skip
     args = (case.dy64, case.x64, weight, bias, case.groups, EPS, case.activation)
     with case.rounding():
@@ -276,6 +286,51 @@ def test_activations(kernels, dtype, layout, activation):
         run_group_norm(kernels, Case(shape, dtype, layout, activation, 50, groups=1))
 
 
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parameters_and_running_statistics_in_the_dtype_of_x(kernels, dtype, layout):
+    prepare(kernels, 1)
+    for training, s in ((True, 36), (True, 300), (False, 36)):
+        run_batch_norm(kernels, Case((3, 8, s), dtype, layout, "relu", s, narrow=True), training=training)
+    run_group_norm(kernels, Case((3, 8, 36), dtype, layout, "relu", 30, groups=2, narrow=True))
+
+
+@pytest.mark.parametrize("pre_activation", [a for a in ACTIVATIONS if a])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pre_activation(kernels, dtype, layout, pre_activation):
+    prepare(kernels, 1)
+    for training, shape in ((True, (2, 3, 36)), (True, (3, 8, 264)), (False, (2, 8, 36))):
+        case = Case(shape, dtype, layout, "relu6", 33, residual=True, pre_activation=pre_activation)
+        run_batch_norm(kernels, case, training=training)
+
+
+def test_pre_activation_kinks(kernels):
+    """The gradient is selected by x: none, not even of a NaN, where relu6 is flat."""
+    prepare(kernels, 1)
+    x = torch.tensor([-1.0, 0.0, 3.0, 6.0, 7.0]).view(1, 5, 1).expand(2, 5, 8).contiguous()
+    ones, zeros, dx = torch.ones(5), torch.zeros(5), blank(x)
+    kernels.batch_norm_backward(
+        x,
+        "contiguous",
+        None,
+        "relu6",
+        training=False,
+        dy=torch.full_like(x, float("nan")),
+        mean=zeros,
+        invstd=ones,
+        dx=dx,
+    )
+    assert dx[:, 2].isnan().all()
+    assert (dx[:, [0, 1, 3, 4]] == 0).all()
+
+
+def test_count_batch(kernels):
+    counter = torch.tensor([41])
+    kernels.count_batch(counter)
+    assert counter.item() == 42
+
+
 def test_every_path_of_the_plan_was_launched(kernels):
     """The tests above; alone, a selection of them."""
     prepare(kernels, 1)
@@ -287,6 +342,13 @@ def test_every_path_of_the_plan_was_launched(kernels):
     kernels.set_limits(SMALL_L2)
     run_batch_norm(kernels, Case((2, 3, 265), torch.float16, "contiguous", "relu6", 62))
     assert set(kernels.launches()) == PATHS
+
+
+def test_a_path_can_be_forced(kernels):
+    kernels.set_limits(SMALL_L2)
+    kernels.clear_launches()
+    batch_norm_forward(kernels, randn(2, 3, 265).float(), "contiguous", path=PATH_NAMES.index("two_kernels"))
+    assert set(kernels.launches()) == {"plane_stats", "finish_stats", "plane_apply"}
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -441,9 +503,9 @@ def test_plans_cover_everything_once_within_the_limits(
     assert view.matrices * view.rows * view.channels * view.group == n * c * s
     assert plan.workspace_bytes >= 0
     if n * c * s == 0:
-        assert plan.path == 0
+        assert plan.path == PATH_NAMES.index("empty")
         return
-    if plan.path == 3:
+    if plan.path == PATH_NAMES.index("block"):
         p = plan.reduce
         assert on_chip
         assert reduces
@@ -455,7 +517,7 @@ def test_plans_cover_everything_once_within_the_limits(
         assert p.slots_per_row * p.vector >= s
         assert p.reduce_bytes + 16 * p.per_split <= device.shared_per_block
         return
-    assert plan.path == (1 if reduces else 2)
+    assert plan.path == PATH_NAMES.index("two_kernels" if reduces else "one_kernel")
     assert 1 <= plan.chunk_matrices <= view.matrices
     assert 1 <= plan.chunk_groups <= plan.groups
     # A few launches; more only where the tensor is many times as large as L2.
@@ -589,7 +651,7 @@ def test_nvcc_compiles_without_a_warning_or_a_spill(architecture, tmp_path):
     begin = time.monotonic()
     for source in SOURCES:
         result = subprocess.run(
-            [nvcc, *flags, "-Werror=all-warnings", "-c", ROOT / "csrc/kernels/cuda" / source, "-o", tmp_path / "out.o"],
+            [nvcc, *flags, "-Werror=all-warnings", "-c", source, "-o", tmp_path / "out.o"],
             capture_output=True,
             text=True,
         )

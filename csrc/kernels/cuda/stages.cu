@@ -16,18 +16,22 @@ __device__ __forceinline__ A inverse_deviation(const Welford<double>& data, doub
   return static_cast<A>(1 / sqrt(data.m2 / data.count + eps));
 }
 
+// Moves a running statistic towards that of a batch.
+template <class A>
+__device__ __forceinline__ void move(void* running, Dtype dtype, int64_t at, double momentum, double batch) {
+  if (running == nullptr) return;
+  store_channel(running, dtype, at, (1 - momentum) * load_channel<A>(running, dtype, at) + momentum * batch);
+}
+
 // Saves the statistics of a group and moves its running ones.
 template <class A>
 __device__ __forceinline__ void set_statistics(int64_t at, const Welford<double>& data, double eps,
-                                               const RunningStatistics<A>& running, A* mean, A* invstd) {
+                                               const RunningStatistics& running, A* mean, A* invstd) {
   mean[at] = static_cast<A>(data.mean);
   invstd[at] = inverse_deviation<A>(data, eps);
   const double momentum = running.cumulative ? 1 / double(*running.num_batches_tracked) : running.momentum;
-  if (running.mean) running.mean[at] = static_cast<A>((1 - momentum) * running.mean[at] + momentum * data.mean);
-  if (running.var) {
-    const double var = data.m2 / (data.count - 1);
-    running.var[at] = static_cast<A>((1 - momentum) * running.var[at] + momentum * var);
-  }
+  move<A>(running.mean, running.dtype, at, momentum, data.mean);
+  move<A>(running.var, running.dtype, at, momentum, data.m2 / (data.count - 1));
 }
 
 // Who reads the count does so in a later launch.
@@ -37,7 +41,7 @@ __device__ __forceinline__ void count_batch(const Stage<T>& s) {
 }
 
 // keep(index, vector): for every slot, which is empty where nothing is loaded.
-template <int V, class T, class Keep>
+template <class Act, int V, class T, class Keep>
 __device__ __forceinline__ Welford<double> plane_moments(const Stage<T>& s, const BlockWork& work, Keep keep) {
   using A = Accumulator<T>;
   Welford<A> data;
@@ -52,12 +56,12 @@ __device__ __forceinline__ Welford<double> plane_moments(const Stage<T>& s, cons
       const int n = slot.last - slot.first;
       if (n <= 0) continue;
       keep(index + u * blockDim.x, x[u]);
-      if (data.count == 0) shift = to_accumulator(s.x[slot.offset + slot.first]);
+      if (data.count == 0) shift = input<Act>(s, s.x[slot.offset + slot.first]);
       const auto present = [&](int v) { return slot.whole || (v >= slot.first && v < slot.last); };
       A d[V], sum = 0, m2 = 0;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        d[v] = to_accumulator(x[u].values[v]) - shift;
+        d[v] = input<Act>(s, x[u].values[v]) - shift;
         if (present(v)) sum += d[v];
       }
       const A mean = slot.whole ? sum * (A(1) / V) : sum / n;
@@ -71,12 +75,12 @@ __device__ __forceinline__ Welford<double> plane_moments(const Stage<T>& s, cons
   return {double(data.count), double(shift) + data.mean, double(data.m2)};
 }
 
-template <int V, class T>
+template <class Act, int V, class T>
 __device__ Welford<double> exact_plane_moments(const Stage<T>& s, const BlockWork& work) {
   double count = 0, mean = 0, m2 = 0;
   const auto for_each_value = [&](auto f) {
     for_each_slot<V, 1>(s.pass, work, [&](const Slot(&slots)[1], int) {
-      for (int v = slots[0].first; v < slots[0].last; ++v) f(double(to_accumulator(s.x[slots[0].offset + v])));
+      for (int v = slots[0].first; v < slots[0].last; ++v) f(double(input<Act>(s, s.x[slots[0].offset + v])));
     });
   };
   for_each_value([&](double value) { ++count, mean += value; });
@@ -85,13 +89,13 @@ __device__ Welford<double> exact_plane_moments(const Stage<T>& s, const BlockWor
   return {count, mean, m2};
 }
 
-template <class T>
+template <class T, class Act>
 __global__ void __launch_bounds__(kBlock, 2) plane_stats_kernel(Stage<T> s) {
   count_batch(s);
   constexpr int V = 16 / sizeof(T);
   const BlockWork work = block_work(s, /*backwards=*/false);
-  Welford<double> data = plane_moments<V>(s, work, [](int, const Vector<T, V>&) {});
-  if (sizeof(T) < 8 && !isfinite(data.m2)) data = exact_plane_moments<V>(s, work);
+  Welford<double> data = plane_moments<Act, V>(s, work, [](int, const Vector<T, V>&) {});
+  if (sizeof(T) < 8 && !isfinite(data.m2)) data = exact_plane_moments<Act, V>(s, work);
   data = block_moments(data, shared_memory<double>());
   if (threadIdx.x == 0) {
     auto* partials = reinterpret_cast<Welford<double>*>(s.partials);
@@ -108,7 +112,7 @@ __device__ __forceinline__ void channel_sum(const Pass& pass, int channel, int l
   if (lanes > 1) warp_sum(sums);
 }
 
-template <class T, int V>
+template <class T, class Act, int V>
 __global__ void __launch_bounds__(kBlock, 2) column_stats_kernel(Stage<T> s) {
   count_batch(s);
   using A = Accumulator<T>;
@@ -129,11 +133,11 @@ __global__ void __launch_bounds__(kBlock, 2) column_stats_kernel(Stage<T> s) {
     const A share = K / count, weight = (count - K) * share;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      if (first) shift[v] = to_accumulator(x[0].values[v]);
+      if (first) shift[v] = input<Act>(s, x[0].values[v]);
       A d[K], sum = 0, deviations = 0;
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        d[k] = to_accumulator(x[k].values[v]) - shift[v];
+        d[k] = input<Act>(s, x[k].values[v]) - shift[v];
         sum += d[k];
       }
       const A batch_mean = sum * (A(1) / K);
@@ -156,10 +160,10 @@ __global__ void __launch_bounds__(kBlock, 2) column_stats_kernel(Stage<T> s) {
       if (isfinite(m2s[at + v])) continue;
       double exact_mean = 0, exact_m2 = 0;
       const T* x = s.x + v;
-      for (int64_t r = c.row; r < c.end; r += c.row_step) exact_mean += to_accumulator(x[c.offset(r)]);
+      for (int64_t r = c.row; r < c.end; r += c.row_step) exact_mean += input<Act>(s, x[c.offset(r)]);
       exact_mean /= count;
       for (int64_t r = c.row; r < c.end; r += c.row_step) {
-        const double d = to_accumulator(x[c.offset(r)]) - exact_mean;
+        const double d = input<Act>(s, x[c.offset(r)]) - exact_mean;
         exact_m2 += d * d;
       }
       means[at + v] = exact_mean;
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(kBlock, 2) column_stats_kernel(Stage<T> s) {
 template <class Act, class T, class A, int V>
 __device__ __forceinline__ A gradient(const Stage<T>& s, const ChannelParameters<A>& p, const Vector<T, V>& x,
                                       const Vector<T, V>& dy, const Vector<T, V>& residual, int v) {
-  A z = p.z(to_accumulator(x.values[v]));
+  A z = p.z(input<Act>(s, x.values[v]));
   if (s.residual) z += to_accumulator(residual.values[v]);
   return activate_backward<Act, T>(z, A(to_accumulator(dy.values[v])), s.activation);
 }
@@ -220,7 +224,7 @@ __global__ void __launch_bounds__(kBlock, 2) plane_backward_reduce_kernel(Stage<
         if (!slots[u].whole && (v < slots[u].first || v >= slots[u].last)) continue;
         const A dz = gradient<Act>(s, p, x[u], dy[u], residual[u], v);
         total += dz;
-        deviation += dz * (A(to_accumulator(x[u].values[v])) - p.mean);
+        deviation += dz * (input<Act>(s, x[u].values[v]) - p.mean);
       }
     }
     sums[0] += total;
@@ -264,7 +268,7 @@ __global__ void __launch_bounds__(kBlock, 2) column_backward_reduce_kernel(Stage
         for (int v = 0; v < V; ++v) {
           const A dz = gradient<Act>(s, p[v], x[k], dy[k], residual[k], v);
           total[v] += dz;
-          deviation[v] += dz * (A(to_accumulator(x[k].values[v])) - p[v].mean);
+          deviation[v] += dz * (input<Act>(s, x[k].values[v]) - p[v].mean);
         }
       }
     });
@@ -296,7 +300,7 @@ __global__ void __launch_bounds__(kBlock, 2) column_backward_reduce_kernel(Stage
 template <class Act, class T, class A, int V>
 __device__ __forceinline__ T output(const Stage<T>& s, const ChannelParameters<A>& p, const Vector<T, V>& x,
                                     const Vector<T, V>& residual, int v) {
-  A z = p.z(to_accumulator(x.values[v]));
+  A z = p.z(input<Act>(s, x.values[v]));
   if (s.residual) z += to_accumulator(residual.values[v]);
   return activate<Act, T>(z, s.activation);
 }
@@ -358,8 +362,8 @@ __device__ __forceinline__ void differentiate(const Stage<T>& s, const ChannelPa
                                               const GradientCoefficients<A>& coefficients, Vector<T, V>& x,
                                               Vector<T, V>& dy, const Vector<T, V>& residual, int v) {
   const A dz = gradient<Act>(s, p, x, dy, residual, v);
-  const A dx = s.offset ? coefficients.dx(to_accumulator(x.values[v]), dz, p) : dz * p.scale;
-  x.values[v] = from_accumulator<T>(dx);
+  const A dx = s.offset ? coefficients.dx(input<Act>(s, x.values[v]), dz, p) : dz * p.scale;
+  x.values[v] = from_accumulator<T>(input_backward<Act>(s, x.values[v], dx));
   dy.values[v] = from_accumulator<T>(dz);
 }
 
@@ -428,26 +432,20 @@ __global__ void __launch_bounds__(kBlock, 2) column_backward_apply_kernel(Stage<
 
 // Shared memory: scratch of the reductions, then the slots.
 template <class T, class Act>
-__global__ void __launch_bounds__(kBlock, 2)
-    channel_forward_kernel(Stage<T> s, double eps, RunningStatistics<Accumulator<T>> running, Accumulator<T>* means,
-                           Accumulator<T>* invstds) {
+__global__ void __launch_bounds__(kBlock, 2) channel_forward_kernel(Stage<T> s, double eps, RunningStatistics running,
+                                                                    Accumulator<T>* means, Accumulator<T>* invstds) {
   using A = Accumulator<T>;
   constexpr int V = 16 / sizeof(T);
   count_batch(s);
   const BlockWork work = block_work(s, /*backwards=*/false);
   auto* kept = reinterpret_cast<Vector<T, V>*>(shared_memory<unsigned char>() + kReduceScratch);
-  Welford<double> data = plane_moments<V>(s, work, [&](int i, const Vector<T, V>& x) { kept[i] = x; });
-  if (!isfinite(data.m2)) data = exact_plane_moments<V>(s, work);
+  Welford<double> data = plane_moments<Act, V>(s, work, [&](int i, const Vector<T, V>& x) { kept[i] = x; });
+  if (!isfinite(data.m2)) data = exact_plane_moments<Act, V>(s, work);
   data = block_moments(data, shared_memory<double>());
 
   const int64_t c = work.channel;
   if (threadIdx.x == 0) set_statistics(c, data, eps, running, means, invstds);
-  ChannelParameters<A> p;
-  p.mean = static_cast<A>(data.mean);
-  p.invstd = inverse_deviation<A>(data, eps);
-  p.weight = s.weight ? s.weight[c] : A(1);
-  p.scale = p.invstd * p.weight;
-  p.bias = s.bias ? s.bias[c] : A(0);
+  const auto p = channel_parameters<T>(s, static_cast<A>(data.mean), inverse_deviation<A>(data, eps), c);
   for_each_slot<V, kPlaneBatch>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int index) {
     Vector<T, V> residual[kPlaneBatch] = {};
 #pragma unroll
@@ -490,7 +488,7 @@ __device__ __forceinline__ void for_each_partial(const Pass& pass, int64_t matri
 template <class A>
 __global__ void __launch_bounds__(kBlock)
     finish_stats_kernel(Pass pass, Chunk chunk, int64_t depth, const double* values, double eps,
-                        RunningStatistics<A> running, A* mean, A* invstd) {
+                        RunningStatistics running, A* mean, A* invstd) {
   const Unit unit = warp_unit(chunk);
   if (!unit.exists) return;
   const auto* partials = reinterpret_cast<const Welford<double>*>(values);
@@ -519,13 +517,13 @@ __global__ void __launch_bounds__(kBlock)
 
 template <class A>
 __global__ void __launch_bounds__(kBlock)
-    finish_backward_kernel(Pass pass, Chunk chunk, int64_t depth, const double* partials, const A* weight,
-                           const A* invstd, A* offset, A* slope) {
+    finish_backward_kernel(Pass pass, Chunk chunk, int64_t depth, const double* partials, const void* weight,
+                           Dtype weight_dtype, const A* invstd, A* offset, A* slope) {
   const Unit unit = warp_unit(chunk);
   if (!unit.exists) return;
   double sums[2] = {};
   for_each_partial(pass, unit.matrix, unit.group * depth, depth, [&](int64_t i, int64_t channel) {
-    const double w = weight ? weight[channel] : 1;
+    const double w = weight ? load_channel<A>(weight, weight_dtype, channel) : 1;
     sums[0] += w * partials[2 * i];
     sums[1] += w * partials[2 * i + 1];
   });
@@ -557,9 +555,10 @@ __global__ void __launch_bounds__(kBlock)
 // --- Launches --------------------------------------------------------------------------------------------------------
 
 // f(Act{}): kernels of their own for what is frequent.
-template <class F>
-Status dispatch(Activation activation, F f) {
-  switch (activation) {
+template <class T, class F>
+Status dispatch(const Stage<T>& s, F f) {
+  if (s.pre_activation != Activation::identity) return f(AnyActivation{});
+  switch (s.activation) {
     case Activation::identity: return f(Identity{});
     case Activation::relu: return f(ReLU{});
     case Activation::relu6: return f(ReLU6{});
@@ -589,7 +588,7 @@ Status launch_activation(const Stage<T>& s, bool reduces, const char* const (&na
   if constexpr (sizeof(T) == 8) {
     return launch_with(AnyActivation{});
   } else {
-    return dispatch(s.activation, launch_with);
+    return dispatch(s, launch_with);
   }
 }
 
@@ -605,9 +604,19 @@ LaunchConfig warps_config(int64_t units, const char* name) {
 
 template <class T>
 Status stats(const Stage<T>& s, void* stream) {
-  if (s.pass.shape == Shape::planes) return launch_stage(plane_stats_kernel<T>, s, true, "plane_stats", stream);
-  if (s.pass.vector == 1) return launch_stage(column_stats_kernel<T, 1>, s, true, "column_stats_scalar", stream);
-  return launch_stage(column_stats_kernel<T, 16 / sizeof(T)>, s, true, "column_stats", stream);
+  if (s.pass.shape == Shape::columns && s.pass.vector == 1) {
+    return launch_stage(column_stats_kernel<T, AnyActivation, 1>, s, true, "column_stats_scalar", stream);
+  }
+  const auto launch_with = [&](auto act) {
+    using Act = decltype(act);
+    if (s.pass.shape == Shape::planes) return launch_stage(plane_stats_kernel<T, Act>, s, true, "plane_stats", stream);
+    return launch_stage(column_stats_kernel<T, Act, 16 / sizeof(T)>, s, true, "column_stats", stream);
+  };
+  // The statistics know no activation but the one before them.
+  if constexpr (sizeof(T) < 8) {
+    if (s.pre_activation == Activation::identity) return launch_with(Identity{});
+  }
+  return launch_with(AnyActivation{});
 }
 
 template <class T>
@@ -635,22 +644,22 @@ Status backward_apply(const Stage<T>& s, void* stream) {
 }
 
 template <class T>
-Status channel_forward(const Stage<T>& s, double eps, const RunningStatistics<Accumulator<T>>& running,
-                       Accumulator<T>* mean, Accumulator<T>* invstd, void* stream) {
+Status channel_forward(const Stage<T>& s, double eps, const RunningStatistics& running, Accumulator<T>* mean,
+                       Accumulator<T>* invstd, void* stream) {
   if constexpr (sizeof(T) == 8) {
     return -1;  // no such plan
   } else {
     LaunchConfig config = pass_config(s.pass, s.chunk, s.groups, "channel_forward");
     config.shared_bytes = on_chip_bytes(s.pass);
-    return dispatch(s.activation, [&](auto act) {
+    return dispatch(s, [&](auto act) {
       return launch(channel_forward_kernel<T, decltype(act)>, config, stream, s, eps, running, mean, invstd);
     });
   }
 }
 
 template <class T>
-Status finish_stats(const Stage<T>& s, double eps, const RunningStatistics<Accumulator<T>>& running,
-                    Accumulator<T>* mean, Accumulator<T>* invstd, void* stream) {
+Status finish_stats(const Stage<T>& s, double eps, const RunningStatistics& running, Accumulator<T>* mean,
+                    Accumulator<T>* invstd, void* stream) {
   const LaunchConfig config = warps_config(s.chunk.matrices * s.chunk.groups, "finish_stats");
   return launch(finish_stats_kernel<Accumulator<T>>, config, stream, s.pass, s.chunk, s.depth(), s.partials, eps,
                 running, mean, invstd);
@@ -660,7 +669,7 @@ template <class T>
 Status finish_backward(const Stage<T>& s, Accumulator<T>* offset, Accumulator<T>* slope, void* stream) {
   const LaunchConfig config = warps_config(s.chunk.matrices * s.chunk.groups, "finish_backward");
   return launch(finish_backward_kernel<Accumulator<T>>, config, stream, s.pass, s.chunk, s.depth(), s.partials,
-                s.weight, s.invstd, offset, slope);
+                s.weight, s.parameter_dtype, s.invstd, offset, slope);
 }
 
 template <class T>
