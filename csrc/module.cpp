@@ -15,6 +15,9 @@ PYBIND11_MODULE(_C, m) {
     py::dict info;
     info["compiler"] = NORMFUSED_COMPILER_NAME __VERSION__;
     info["torch"] = TORCH_VERSION;
+    // Each empty if there is nothing to say.
+    info["cuda_version"] = NORMFUSED_CUDA_VERSION;
+    info["cuda_archs"] = NORMFUSED_CUDA_ARCHS;
     info["cuda_why_not"] = NORMFUSED_CUDA_WHY_NOT;
     return info;
   });

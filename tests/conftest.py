@@ -3,6 +3,7 @@
 import itertools
 import os
 import zlib
+from unittest import mock
 
 import pytest
 import torch
@@ -11,22 +12,29 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated_operators
+
 import normfused
 from normfused import backends
 
-# Why a backend cannot run on this machine (None: it can), by name.
+# Why a backend cannot run on this machine (None: it can), by name. "emulated": the CUDA operators, by the emulator.
 WHY_NOT = {
     "extension": normfused.info()["extension"]["why_not"],
+    "emulated": emulated_operators.why_not(),
     "triton": backends._why_not_triton("cpu"),
     "torch": None,
 }
+
+# Markers of tests that run only when asked for.
+SLOW = {"nvcc": "minutes of compiling for a GPU", "cuda_build": "looks at what make cuda has built"}
 
 
 def pytest_configure(config):
     # For small tensors a second thread costs more than it helps; on a busy machine ten times more. Tests of
     # threads choose their own number.
     torch.set_num_threads(1)
-    config.addinivalue_line("markers", "nvcc: minutes of compiling for a GPU; runs with -m nvcc only")
+    for name, meaning in SLOW.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}; runs with -m {name} only")
     config.addinivalue_line(
         "markers",
         "stricter_than_native(reason): the pinned behaviour goes beyond PyTorch's own, so the backend "
@@ -41,25 +49,27 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if "nvcc" not in config.getoption("markexpr"):
-        for item in items:
-            if item.get_closest_marker("nvcc"):
-                item.add_marker(pytest.mark.skip(reason="minutes of compiling: pytest -m nvcc"))
-    _choose_for_the_interpreter(config, items)
+    for name, meaning in SLOW.items():
+        if name not in config.getoption("markexpr"):
+            for item in items:
+                if item.get_closest_marker(name):
+                    item.add_marker(pytest.mark.skip(reason=f"{meaning}: pytest -m {name}"))
+    slow = {"emulated"}
+    if WHY_NOT["triton"] is None and backends.OPERATORS["triton"].INTERPRETED:
+        slow.add("triton")
+    _choose_for_interpreters(config, items, slow)
 
 
-def _choose_for_the_interpreter(config, items):
-    """The interpreter takes milliseconds for what a kernel does in microseconds: of each test's parametrisations it
-    runs those in which two parameters have values that they did not have together before."""
-    if WHY_NOT["triton"] is not None or not backends.OPERATORS["triton"].INTERPRETED:
-        return
+def _choose_for_interpreters(config, items, backend_names):
+    """They take milliseconds for what a kernel does in microseconds: of each test's parametrisations they run those in
+    which two parameters have values that they did not have together before."""
     chosen, seen = set(), {}
     # In an order that only looks random, so that the parameters do not change one at a time.
     for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
-        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "triton":
+        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") not in backend_names:
             chosen.add(item)
             continue
-        values = seen.setdefault((item.path, item.originalname), set())
+        values = seen.setdefault((item.path, item.originalname, item.callspec.params["backend"]), set())
         parameters = sorted((name, repr(value)) for name, value in item.callspec.params.items())
         new = set(itertools.combinations_with_replacement(parameters, 2)) - values
         if new:
@@ -69,7 +79,7 @@ def _choose_for_the_interpreter(config, items):
     items[:] = [item for item in items if item in chosen]
 
 
-@pytest.fixture(params=backends.BACKENDS)
+@pytest.fixture(params=WHY_NOT)
 def backend(request):
     """Runs the test with every fused layer served by one backend; the name of it."""
     name = request.param
@@ -78,5 +88,11 @@ def backend(request):
     stricter = request.node.get_closest_marker("stricter_than_native")
     if stricter is not None and name == "torch":
         pytest.skip(f"stricter than PyTorch's own operators: {stricter.args[0]}")
+    if name == "emulated":
+        # Not a name that use_backend knows.
+        backends.OPERATORS[name] = emulated_operators.operators()
+        with mock.patch.object(backends, "_override", name):
+            yield name
+        return
     with normfused.use_backend(name):
         yield name
