@@ -559,7 +559,7 @@ def test_plans_cover_everything_once_within_the_limits(
 # (file, what is there, what is put there)
 MUTATIONS = {
     "missing barrier before a tile's columns are combined": (
-        "stages.cu",
+        "stats.cu",
         "  __syncthreads();\n  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto*",
         "  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto*",
     ),
@@ -570,7 +570,7 @@ MUTATIONS = {
     "mask of an unrounded z": ("elements.cuh", "kSix = 6 - 0x1p-6f", "kSix = 6"),
     "count of another row group": ("elements.cuh", "/ pass.row_groups : 0", "/ pass.row_groups + 1 : 0"),
     "another element's residual in the backward": (
-        "stages.cu",
+        "elements.cuh",
         "  if (s.residual) z += to_accumulator(residual.values[v]);\n  return activate_backward",
         "  if (s.residual) z += to_accumulator(residual.values[0]);\n  return activate_backward",
     ),
