@@ -87,45 +87,6 @@ DeviceLimits = structure(
     max_grid_x=c_int64,
     max_grid_y=c_int64,
 )
-PlanRequest = structure(
-    "PlanRequest",
-    extent=Extent,
-    dtype=c_int,
-    groups=c_int64,
-    direction=c_int,
-    reduces=c_bool,
-    residual=c_bool,
-    aligned=c_bool,
-    on_chip=c_bool,
-    path=c_int,
-)
-View = structure("View", matrices=c_int64, rows=c_int64, channels=c_int64, group=c_int64)
-Pass = structure(
-    "Pass",
-    shape=c_int,
-    view=View,
-    vector=c_int,
-    splits=c_int64,
-    per_split=c_int64,
-    slots_per_row=c_int64,
-    aligned=c_bool,
-    tile_channels=c_int64,
-    tile_vectors=c_int,
-    row_groups=c_int,
-    reduce_bytes=c_size_t,
-)
-LaunchPlan = structure(
-    "LaunchPlan",
-    path=c_int,
-    view=View,
-    groups=c_int64,
-    reduce=Pass,
-    apply=Pass,
-    chunk_matrices=c_int64,
-    chunk_groups=c_int64,
-    workspace_bytes=c_int64,
-    bytes_moved=c_int64,
-)
 
 
 def limits(compute_capability=90, multiprocessors=132, shared=227 << 10, l2_bytes=50 << 20, max_cluster=8):
@@ -183,7 +144,6 @@ class Kernels:
         self.library.status_message.restype = self.library.launch_names.restype = c_char_p
         self.library.count_batch.argtypes = [c_void_p]
         self.library.set_schedule.argtypes = [c_int, c_uint64]
-        self.library.plan_launches.restype = None
 
     def set_schedule(self, schedule, seed=0):
         self.library.set_schedule(schedule, seed)
@@ -196,11 +156,6 @@ class Kernels:
 
     def clear_launches(self):
         self.library.clear_launches()
-
-    def plan(self, request, device):
-        plan = LaunchPlan()
-        self.library.plan_launches(byref(request), byref(device), byref(plan))
-        return plan
 
     def _check(self, status):
         assert status == 0, self.library.status_message(status).decode()

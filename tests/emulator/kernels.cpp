@@ -1,7 +1,6 @@
-// The kernels' entry points, the launch plan and the emulator's controls in plain C, for ctypes.
+// The kernels' entry points and the emulator's controls in plain C, for ctypes.
 #include "../../csrc/kernels/batch_norm.h"
 #include "../../csrc/kernels/cuda/device.cuh"
-#include "../../csrc/kernels/cuda/launch_plan.h"
 #include "../../csrc/kernels/group_norm.h"
 
 #include <string>
@@ -28,10 +27,6 @@ int group_norm_backward_workspace(const GroupNormBackward* args, int64_t* bytes)
   return cuda::group_norm_workspace(*args, bytes);
 }
 int count_batch(int64_t* num_batches_tracked) { return cuda::count_batch(num_batches_tracked, nullptr); }
-
-void plan_launches(const cuda::PlanRequest* request, const cuda::DeviceLimits* limits, cuda::LaunchPlan* plan) {
-  *plan = cuda::plan_launches(*request, *limits);
-}
 
 void set_schedule(int schedule, uint64_t seed) {
   emulator::set_schedule(static_cast<emulator::Schedule>(schedule), seed);

@@ -28,8 +28,6 @@ PlanRequest request(const BatchNormForward& args) {
           .reduces = args.training,
           .residual = args.residual != nullptr,
           .aligned = aligned({args.x, args.residual, args.y}),
-          // Who counts the batch must not race with who reads the count.
-          .on_chip = !args.cumulative,
           .path = args.path};
 }
 

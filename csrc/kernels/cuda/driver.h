@@ -3,6 +3,7 @@
 
 #include <initializer_list>
 
+#include "../batch_norm.h"
 #include "stages.h"
 
 namespace normfused::cuda {
@@ -71,7 +72,12 @@ Status run_forward(const LaunchPlan& plan, Stage<T> stage, double eps, const Run
   }
   if (plan.path == Path::block) {
     set_pass(&stage, plan.reduce, everything(plan));
-    stage.num_batches_tracked = running.num_batches_tracked;
+    if (running.cumulative && running.num_batches_tracked) {
+      // Who counts the batch must not race with who reads the count.
+      if (const Status status = count_batch(running.num_batches_tracked, stream)) return status;
+    } else {
+      stage.num_batches_tracked = running.num_batches_tracked;
+    }
     return channel_forward(stage, eps, running, mean, invstd, stream);
   }
   for (int64_t i = 0; i < plan.chunks(); ++i) {

@@ -269,4 +269,35 @@ __device__ __forceinline__ void for_each_row(const Columns<V>& c, F f) {
   for (; row < c.end; row += step) f(row, std::integral_constant<int, 1>{});
 }
 
+// --- Vectors -------------------------------------------------------------------------------------------------------
+
+// y at element v of vectors.
+template <class Act, class T, class A, int V>
+__device__ __forceinline__ T output(const Stage<T>& s, const ChannelParameters<A>& p, const Vector<T, V>& x,
+                                    const Vector<T, V>& residual, int v) {
+  A z = p.z(input<Act>(s, x.values[v]));
+  if (s.residual) z += to_accumulator(residual.values[v]);
+  return activate<Act, T>(z, s.activation);
+}
+
+// The gradient of z at element v of vectors.
+template <class Act, class T, class A, int V>
+__device__ __forceinline__ A gradient(const Stage<T>& s, const ChannelParameters<A>& p, const Vector<T, V>& x,
+                                      const Vector<T, V>& dy, const Vector<T, V>& residual, int v) {
+  A z = p.z(input<Act>(s, x.values[v]));
+  if (s.residual) z += to_accumulator(residual.values[v]);
+  return activate_backward<Act, T>(z, A(to_accumulator(dy.values[v])), s.activation);
+}
+
+// Puts dx in the place of x, and dz in the place of dy, at element v.
+template <class Act, class T, class A, int V>
+__device__ __forceinline__ void differentiate(const Stage<T>& s, const ChannelParameters<A>& p,
+                                              const GradientCoefficients<A>& coefficients, Vector<T, V>& x,
+                                              Vector<T, V>& dy, const Vector<T, V>& residual, int v) {
+  const A dz = gradient<Act>(s, p, x, dy, residual, v);
+  const A dx = s.offset ? coefficients.dx(input<Act>(s, x.values[v]), dz, p) : dz * p.scale;
+  x.values[v] = from_accumulator<T>(input_backward<Act>(s, x.values[v], dx));
+  dy.values[v] = from_accumulator<T>(dz);
+}
+
 }  // namespace normfused::cuda

@@ -50,7 +50,7 @@ Status backward_reduce(const Stage<T>& stage, void* stream);
 template <class T>
 Status backward_apply(const Stage<T>& stage, void* stream);
 
-// Both in one, statistics included: of BatchNorm, not in float64, not cumulative, where a channel fits on chip.
+// Both in one, statistics included: of BatchNorm, not in float64, where a channel fits on chip.
 template <class T>
 Status channel_forward(const Stage<T>& stage, double eps, const RunningStatistics& running, Accumulator<T>* mean,
                        Accumulator<T>* invstd, void* stream);
