@@ -161,9 +161,10 @@ def _batch_norm_act(
             residual,
             pre_activation,
         )
-    if pre_activation is not None:
-        input = native.activate(input, pre_activation)
-    arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)
+    operators = backends.OPERATORS[backend]
+    if pre_activation is not None and input.device.type not in operators.FUSES_PRE_ACTIVATION:
+        input, pre_activation = native.activate(input, pre_activation), None
+    arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, pre_activation)
     try:
         if not (
             torch.is_grad_enabled()
@@ -174,7 +175,7 @@ def _batch_norm_act(
                 or (residual is not None and residual.requires_grad)
             )
         ):
-            return backends.OPERATORS[backend].batch_norm_act(input, weight, bias, residual, *arguments, None)[0]
+            return operators.batch_norm_act(input, weight, bias, residual, *arguments)[0]
         apply = BatchNormActFunction.apply if compiling else batch_norm_act_eager
         return apply(input, weight, bias, residual, (*arguments, backend))
     except RuntimeError:

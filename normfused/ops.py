@@ -147,6 +147,9 @@ def fake_group_norm_act_backward(
     )
 
 
+# Types of devices whose BatchNorm kernels apply a pre_activation; elsewhere it is an operator of its own.
+FUSES_PRE_ACTIVATION = ("cuda",)
+
 if LOADED:
     batch_norm_act = torch.ops.normfused.batch_norm_act.default
     batch_norm_act_backward = torch.ops.normfused.batch_norm_act_backward.default

@@ -56,4 +56,5 @@ def operators():
     for name in NAMES:
         torch.library.register_fake(f"normfused_emulated::{name}", getattr(ops, f"fake_{name}"))
     namespace = torch.ops.normfused_emulated
-    return types.SimpleNamespace(**{name: getattr(namespace, name).default for name in NAMES})
+    operators = {name: getattr(namespace, name).default for name in NAMES}
+    return types.SimpleNamespace(**operators, FUSES_PRE_ACTIVATION=("cpu",))
