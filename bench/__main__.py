@@ -1,4 +1,4 @@
-"""Command line: ``python -m bench ops``, ``compare`` and ``demo``."""
+"""Command line: ``python -m bench ops``, ``compare``, ``gpu`` and ``demo``."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ _EPILOG = """examples:
   python -m bench ops --family tiny                            host time of one call
   python -m bench ops --device cuda --batch 32 128 256         on a GPU
   python -m bench compare before/ops.json after/ops.json       status 1 where something became slower
+  python -m bench gpu --out out/gpu                            all that needs a GPU
   python -m bench demo --out out/demo
 """
 
@@ -63,6 +64,7 @@ def parser():
     commands = whole.add_subparsers(dest="command", required=True)
     _add_ops(commands)
     _add_compare(commands)
+    _add_gpu(commands)
     _add_demo(commands)
     return whole
 
@@ -165,6 +167,33 @@ def _add_compare(commands):
     )
 
 
+def _add_gpu(commands):
+    ours = commands.add_parser(
+        "gpu",
+        help="build, test and measure on a machine with a GPU",
+        description="What `make gpu` runs: builds the extension for the GPU at hand, runs the tests that need one, "
+        "compute-sanitizer and the benchmarks, each with a time limit, the most important first. Status 1 where a part "
+        "that is about correctness failed. Needs python3 with torch, setuptools, pybind11, ninja, pytest and "
+        "hypothesis, and nvcc; no network.",
+    )
+    ours.add_argument(
+        "--out",
+        default="out/gpu",
+        metavar="FOLDER",
+        help="for report.md, report.json, report.csv, log.txt and two plots; default: out/gpu",
+    )
+    ours.add_argument(
+        "--minutes", type=_positive(float), default=8.7, help="for all parts together; default: 8.7; 60 leaves none out"
+    )
+    ours.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: a few small benchmarks, to try the machinery where there is no GPU",
+    )
+    ours.add_argument("--no-build", action="store_true", help="use what is built")
+
+
 def _add_demo(commands):
     demo = commands.add_parser(
         "demo",
@@ -226,6 +255,14 @@ def _selection(options, modes, error):
     return selected
 
 
+def select(arguments):
+    """(cases, modes) that ``arguments`` of ``python -m bench ops`` name."""
+    whole = parser()
+    options = whole.parse_args(arguments)
+    modes = options.mode or cases.DEFAULT_MODES[options.device]
+    return _selection(options, modes, whole.error), modes
+
+
 def run_ops(options, arguments, error):
     """``python -m bench ops``; returns the exit status."""
     modes = options.mode or cases.DEFAULT_MODES[options.device]
@@ -261,6 +298,10 @@ def main(arguments=None):
     options = whole.parse_args(arguments)
     if options.command == "compare":
         return compare.main(options, whole.error)
+    if options.command == "gpu":
+        from . import gpu  # this process loads no CUDA: its children have all of the GPU
+
+        return gpu.main(options, arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.command == "ops":

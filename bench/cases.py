@@ -80,7 +80,12 @@ DEFAULT_FAMILIES = {
 }
 
 LAYOUTS = ("contiguous", "channels_last")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # forward: training, the graph recorded. eval: without gradients. host: forward + backward of a tiny tensor.

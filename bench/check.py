@@ -31,6 +31,7 @@ class Tolerances:
 
 
 _TOLERANCES = {
+    torch.float64: Tolerances(1e-10, 1e-10, 1e-10, 1e-10, 1e-10),
     torch.float32: Tolerances(1e-4, 1e-4, 3e-4, 5e-5, 5e-4),
     torch.float16: Tolerances(4e-3, 4e-3, 4e-3, 5e-5, 6e-3),
     torch.bfloat16: Tolerances(2e-2, 2e-2, 2e-2, 5e-5, 4e-2),

@@ -44,7 +44,7 @@ def _prepare(norm, case, device, training):
     with torch.no_grad():
         norm.weight.copy_(torch.rand(norm.weight.shape, generator=generator) + 0.5)
         norm.bias.copy_(torch.randn(norm.bias.shape, generator=generator) * 0.3)
-        norm.to(device).train(training)
+        norm.to(device, torch.float64 if case.dtype == "float64" else torch.float32).train(training)
         if case.groups is None and not training:
             for buffer, value in zip((norm.running_mean, norm.running_var), statistics(case, device), strict=True):
                 buffer.copy_(value)

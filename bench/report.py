@@ -211,39 +211,56 @@ def markdown(rows, where):
     page = ["# normfused: operators", "", *conditions(where)]
     if where.get("interrupted"):
         page += ["", "**Interrupted: only what was measured until then.**"]
-    return "\n".join([*page, *results(rows), ""])
+    page += ["", "## Geometric means", "", "Peer's time over normfused's; above 1 normfused is faster.", ""]
+    page += [*means_table(rows), "", "## Losing rows", "", *losing_lines(rows)]
+    failed = failed_lines(rows)
+    page += ["", "## Failed", "", *failed] if failed else []
+    return "\n".join([*page, "", "## All rows", "", ROWS_LEGEND, "", *rows_table(rows), ""])
 
 
-def results(rows):
-    """Lines of Markdown on what was measured."""
+def means_table(rows):
+    """geometric_means as a Markdown table."""
     peers = _peers(rows)
-    page = ["", "## Geometric means", "", "Peer's time over normfused's; above 1 normfused is faster.", ""]
     header = ["family", "form", "layout", "dtype", "mode", "cases"]
     means = [
         [*(mean[name] for name in header), *(_number(mean[peer]) for peer in peers), _number(mean["fraction"])]
         for mean in geometric_means(rows)
     ]
-    page += table([*header, *(f"{peer}/normfused" for peer in peers), "of copy"], means)
+    return table([*header, *(f"{peer}/normfused" for peer in peers), "of copy"], means)
+
+
+def losing_lines(rows):
+    """What loses, as Markdown."""
     lost = losing(rows)
     compared = sum(_ran(row) and bool(row["ratio"]) for row in rows)
-    page += ["", "## Losing rows", "", f"Slower than the better of eager and compile: {len(lost)} of {compared}."]
-    page += [""] * bool(lost) + [f"- {label(row)}: {peer}/normfused {ratio:.2f}" for ratio, peer, row in lost]
+    lines = [f"Slower than the better of eager and compile: {len(lost)} of {compared}."]
+    return lines + [""] * bool(lost) + [f"- {label(row)}: {peer}/normfused {ratio:.2f}" for ratio, peer, row in lost]
+
+
+def failed_lines(rows):
+    """A line for each provider and reason, as Markdown."""
     failed = {}
     for row in rows:
         if row["failure"] is not None:
             failed.setdefault((row["provider"], row["failure"]), []).append(label(row))
-    if failed:
-        page += ["", "## Failed", ""]
+    lines = []
     for (provider, why), labels in failed.items():
         more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-        page.append(f"- {provider}, {labels[0]}{more}: {why}")
-    page += ["", "## All rows", ""]
-    page.append(
-        "Time per call: median ± half the interquartile range; what loses to the better of eager and compile is bold. "
-        "GB/s counts the bytes of the floor (2 S forward, 3 S backward; S = bytes of x; a residual adds S to each) and "
-        "is normfused's; so are the copies, its time as a multiple of a plain copy of x (into mapped memory), and the "
-        "part of the bandwidth of that copy, on a GPU backward of torch.add(x, dy, out=out)."
-    )
+        lines.append(f"- {provider}, {labels[0]}{more}: {why}")
+    return lines
+
+
+ROWS_LEGEND = (
+    "Time per call: median ± half the interquartile range; what loses to the better of eager and compile is bold. "
+    "GB/s counts the bytes of the floor (2 S forward, 3 S backward; S = bytes of x; a residual adds S to each) and "
+    "is normfused's; so are the copies, its time as a multiple of a plain copy of x (into mapped memory), and the "
+    "part of the bandwidth of that copy, on a GPU backward of torch.add(x, dy, out=out)."
+)
+
+
+def rows_table(rows):
+    """Every case as a line of a Markdown table."""
+    peers = _peers(rows)
     columns = [*peers, OURS]
     plain = [name for name in PLAIN if any(row["provider"] == name for row in rows)]
     header = [
@@ -251,9 +268,8 @@ def results(rows):
         *(*columns, *(f"{peer}/normfused" for peer in peers), "GB/s", "copies", "of copy"),
         *(name.replace("_", ", ") for name in plain),
     ]
-    slow = {key(row) for _, _, row in lost}
-    page += ["", *table(header, [_line(found, peers, plain, slow) for found in by_case(rows).values()])]
-    return page
+    slow = {key(row) for _, _, row in losing(rows)}
+    return table(header, [_line(found, peers, plain, slow) for found in by_case(rows).values()])
 
 
 def _line(found, peers, plain, slow):

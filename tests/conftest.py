@@ -1,5 +1,6 @@
 """The backends that every test runs on."""
 
+import contextlib
 import itertools
 import os
 import zlib
@@ -19,6 +20,12 @@ WHY_NOT = {
     "extension": normfused.info()["extension"]["why_not"],
     "triton": backends._why_not_triton("cpu"),
     "torch": None,
+}
+# The same for tensors on a GPU.
+_NO_GPU = None if torch.cuda.is_available() else "there is no GPU here"
+WHY_NOT_CUDA = {
+    "extension": _NO_GPU or normfused.info()["cuda"]["why_not"],
+    "triton": _NO_GPU or backends._why_not_triton("cuda"),
 }
 
 
@@ -45,6 +52,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("nvcc"):
                 item.add_marker(pytest.mark.skip(reason="minutes of compiling: pytest -m nvcc"))
+    for item in items if _NO_GPU else ():
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=_NO_GPU))
     _choose_for_the_interpreter(config, items)
 
 
@@ -69,14 +79,19 @@ def _choose_for_the_interpreter(config, items):
     items[:] = [item for item in items if item in chosen]
 
 
-@pytest.fixture(params=backends.BACKENDS)
+# Where there is a GPU, ours once more on it.
+_ON_GPU = () if _NO_GPU else tuple(pytest.param(f"{name} on cuda", marks=pytest.mark.cuda) for name in WHY_NOT_CUDA)
+
+
+@pytest.fixture(params=(*backends.BACKENDS, *_ON_GPU))
 def backend(request):
-    """Runs the test with every fused layer served by one backend; the name of it."""
-    name = request.param
-    if WHY_NOT[name] is not None:
-        pytest.skip(WHY_NOT[name])
+    """Runs the test with every fused layer served by one backend, on a GPU with tensors there; the name of it."""
+    name, _, device = request.param.partition(" on ")
+    why_not = (WHY_NOT_CUDA if device else WHY_NOT)[name]
+    if why_not is not None:
+        pytest.skip(why_not)
     stricter = request.node.get_closest_marker("stricter_than_native")
     if stricter is not None and name == "torch":
         pytest.skip(f"stricter than PyTorch's own operators: {stricter.args[0]}")
-    with normfused.use_backend(name):
+    with torch.device(device) if device else contextlib.nullcontext(), normfused.use_backend(name):
         yield name
