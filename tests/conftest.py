@@ -93,5 +93,10 @@ def backend(request):
     stricter = request.node.get_closest_marker("stricter_than_native")
     if stricter is not None and name == "torch":
         pytest.skip(f"stricter than PyTorch's own operators: {stricter.args[0]}")
-    with torch.device(device) if device else contextlib.nullcontext(), normfused.use_backend(name):
+    with contextlib.ExitStack() as stack:
+        if device:
+            stack.enter_context(torch.device(device))
+            # Convolutions around the layers give the same numbers each time.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
+        stack.enter_context(normfused.use_backend(name))
         yield name
