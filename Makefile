@@ -3,6 +3,7 @@
 # make test    run the tests
 # make lint    ruff and clang-format
 # make bench   the microbenchmark of README.md
+# make gpu     on a machine with a GPU: build, tests, sanitizers, benchmarks; OUT=folder, MINUTES=8.7, PYTHON=python3
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml constraints.txt
 FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test lint format bench clean
+.PHONY: build demo test lint format bench gpu clean
 
 build: $(VENV)/built
 
@@ -31,6 +32,12 @@ test: build
 
 bench: build
 	$(BIN)/python -m bench ops
+
+# Builds in place with PYTHON's own torch, so that it runs on a bare machine without a network.
+OUT ?= out/gpu
+MINUTES ?= 8.7
+gpu:
+	$(PYTHON) -m bench gpu --out '$(OUT)' --minutes $(MINUTES)
 
 lint: $(BIN)/ruff
 	$(BIN)/ruff check .
