@@ -4,6 +4,7 @@
 # make cuda    where nvcc is: install with the CUDA kernels into .venv-cuda, beside the models of other libraries
 # make lint    ruff and clang-format
 # make bench   the microbenchmark of README.md
+# make gpu     on a machine with a GPU: build, tests, sanitizers, benchmarks; OUT=folder, MINUTES=8.7, PYTHON=python3
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.to
 CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu' -o -name '*.cuh') constraints-cuda.txt
 FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build cuda demo test lint format bench clean
+.PHONY: build cuda demo test lint format bench gpu clean
 
 build: $(VENV)/built
 
@@ -44,6 +45,12 @@ test: build
 
 bench: build
 	$(BIN)/python -m bench ops
+
+# Builds in place with PYTHON's own torch, so that it runs on a bare machine without a network.
+OUT ?= out/gpu
+MINUTES ?= 8.7
+gpu:
+	$(PYTHON) -m bench gpu --out '$(OUT)' --minutes $(MINUTES)
 
 lint: $(BIN)/ruff
 	$(BIN)/ruff check .

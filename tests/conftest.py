@@ -1,5 +1,6 @@
 """The backends that every test runs on."""
 
+import contextlib
 import itertools
 import os
 import zlib
@@ -23,6 +24,12 @@ WHY_NOT = {
     "emulated": emulated_operators.why_not(),
     "triton": backends._why_not_triton("cpu"),
     "torch": None,
+}
+# The same for tensors on a GPU.
+_NO_GPU = None if torch.cuda.is_available() else "there is no GPU here"
+WHY_NOT_CUDA = {
+    "extension": _NO_GPU or normfused.info()["cuda"]["why_not"],
+    "triton": _NO_GPU or backends._why_not_triton("cuda"),
 }
 
 # Markers of tests that run only when asked for.
@@ -54,6 +61,9 @@ def pytest_collection_modifyitems(config, items):
             for item in items:
                 if item.get_closest_marker(name):
                     item.add_marker(pytest.mark.skip(reason=f"{meaning}: pytest -m {name}"))
+    for item in items if _NO_GPU else ():
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=_NO_GPU))
     slow = {"emulated"}
     if WHY_NOT["triton"] is None and backends.OPERATORS["triton"].INTERPRETED:
         slow.add("triton")
@@ -79,20 +89,29 @@ def _choose_for_interpreters(config, items, backend_names):
     items[:] = [item for item in items if item in chosen]
 
 
-@pytest.fixture(params=WHY_NOT)
+# Where there is a GPU, ours once more on it.
+_ON_GPU = () if _NO_GPU else tuple(pytest.param(f"{name} on cuda", marks=pytest.mark.cuda) for name in WHY_NOT_CUDA)
+
+
+@pytest.fixture(params=(*WHY_NOT, *_ON_GPU))
 def backend(request):
-    """Runs the test with every fused layer served by one backend; the name of it."""
-    name = request.param
-    if WHY_NOT[name] is not None:
-        pytest.skip(WHY_NOT[name])
+    """Runs the test with every fused layer served by one backend, on a GPU with tensors there; the name of it."""
+    name, _, device = request.param.partition(" on ")
+    why_not = (WHY_NOT_CUDA if device else WHY_NOT)[name]
+    if why_not is not None:
+        pytest.skip(why_not)
     stricter = request.node.get_closest_marker("stricter_than_native")
     if stricter is not None and name == "torch":
         pytest.skip(f"stricter than PyTorch's own operators: {stricter.args[0]}")
-    if name == "emulated":
-        # Not a name that use_backend knows.
-        backends.OPERATORS[name] = emulated_operators.operators()
-        with mock.patch.object(backends, "_override", name):
-            yield name
-        return
-    with normfused.use_backend(name):
+    with contextlib.ExitStack() as stack:
+        if device:
+            stack.enter_context(torch.device(device))
+            # Convolutions around the layers give the same numbers each time.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
+        if name == "emulated":
+            # Not a name that use_backend knows.
+            backends.OPERATORS[name] = emulated_operators.operators()
+            stack.enter_context(mock.patch.object(backends, "_override", name))
+        else:
+            stack.enter_context(normfused.use_backend(name))
         yield name
