@@ -27,6 +27,7 @@ def pytest_configure(config):
     # threads choose their own number.
     torch.set_num_threads(1)
     config.addinivalue_line("markers", "nvcc: minutes of compiling for a GPU; runs with -m nvcc only")
+    config.addinivalue_line("markers", "large: gigabytes of memory; runs with -m large only")
     config.addinivalue_line(
         "markers",
         "stricter_than_native(reason): the pinned behaviour goes beyond PyTorch's own, so the backend "
@@ -41,10 +42,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if "nvcc" not in config.getoption("markexpr"):
-        for item in items:
-            if item.get_closest_marker("nvcc"):
-                item.add_marker(pytest.mark.skip(reason="minutes of compiling: pytest -m nvcc"))
+    for marker, why in (("nvcc", "minutes of compiling"), ("large", "gigabytes of memory")):
+        if marker not in config.getoption("markexpr"):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"{why}: pytest -m {marker}"))
     _choose_for_the_interpreter(config, items)
 
 
