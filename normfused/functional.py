@@ -175,8 +175,11 @@ def _batch_norm_act(
         input = native.activate(input, pre_activation)
     arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)
     try:
+        grad_enabled = torch.is_grad_enabled()
+        if grad_enabled and running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+            raise RuntimeError("batch_norm_act: running_mean and running_var get no gradient and must not require one")
         if not (
-            torch.is_grad_enabled()
+            grad_enabled
             and (
                 input.requires_grad
                 or (weight is not None and weight.requires_grad)
@@ -186,6 +189,9 @@ def _batch_norm_act(
         ):
             y = backends.OPERATORS[backend].batch_norm_act(input, weight, bias, residual, *arguments, None)[0]
         else:
+            if compiling and residual is input:
+                # torch.compile takes no tensor for two arguments.
+                residual = input.view_as(input)
             apply = BatchNormActFunction.apply if compiling else batch_norm_act_eager
             y = apply(input, weight, bias, residual, (*arguments, backend))
         if training and not compiling:
@@ -241,7 +247,9 @@ def _group_norm_error(input, num_groups, activation):
         return _unknown_activation("activation", activation)
     if input.dtype not in _DTYPES:
         return _unsupported_dtype("group_norm_act", input)
-    if input.dim() >= 2 and num_groups > 0 and input.numel() == input.shape[0] * num_groups == num_groups:
+    if num_groups <= 0:
+        return RuntimeError(f"group_norm_act: num_groups must be positive, got {num_groups}")
+    if input.dim() >= 2 and input.numel() == input.shape[0] * num_groups == num_groups:
         return ValueError(
             "group_norm_act: expected more than 1 value per group, "
             f"got input of shape {tuple(input.shape)} with num_groups {num_groups}"

@@ -138,7 +138,9 @@ def explore(check, dtype, backend, **strategies):
         nonlocal ran
         ran += 1
         call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        note(f"PYTHONPATH=tests python -c 'import torch, normfused, test_hypothesis as t\nwith normfused.use_backend({backend!r}): t.{check.__name__}({dtype}, {call})'")
+        note(
+            f"PYTHONPATH=tests python -c 'import torch, normfused, test_hypothesis as t\nwith normfused.use_backend({backend!r}): t.{check.__name__}({dtype}, {call})'"
+        )
         check(dtype, **arguments)
 
     # given() reads the names of the arguments from the signature.
