@@ -54,8 +54,10 @@ def test_opcheck_of_batch_norm_in_every_layout(backend, dtype, layout, record_pr
         has_weight, has_bias, has_residual = (t is not None for t in (weight, bias, residual))
         torch.library.opcheck(
             operators.batch_norm_act_backward,
-            (dy, x, weight, bias, residual, mean, invstd, training, activation, None)
-            + (True, has_weight, has_bias, has_residual),
+            (
+                *(dy, x, weight, bias, residual, mean, invstd, training, activation, None),
+                *(True, has_weight, has_bias, has_residual),
+            ),
             test_utils=TESTS,
         )
         calls += 2
@@ -68,9 +70,9 @@ def test_opcheck_of_group_norm_in_every_layout(backend, dtype, layout, record_pr
     operators = operators_of(backend, dtype, layout)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, dy = (in_layout(randn(*SHAPE, dtype=dtype, seed=seed), layout) for seed in (0, 1))
-    weight, bias = (randn(6, dtype=wide, seed=seed) for seed in (2, 3))
+    some, other = (randn(6, dtype=wide, seed=seed) for seed in (2, 3))
     calls = 0
-    for weight, bias in ((weight, bias), (None, bias), (None, None)):
+    for weight, bias in ((some, other), (None, other), (None, None)):
         torch.library.opcheck(operators.group_norm_act, (x, weight, bias, 3, 1e-5, "relu6"), test_utils=TESTS)
         _, mean, rstd = operators.group_norm_act(x, weight, bias, 3, 1e-5, "relu6")
         torch.library.opcheck(
