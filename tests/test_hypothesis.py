@@ -139,7 +139,8 @@ def explore(check, dtype, backend, **strategies):
         ran += 1
         call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         note(
-            f"PYTHONPATH=tests python -c 'import torch, normfused, test_hypothesis as t\nwith normfused.use_backend({backend!r}): t.{check.__name__}({dtype}, {call})'"
+            "PYTHONPATH=tests python -c 'import torch, normfused, test_hypothesis as t\n"
+            f"with normfused.use_backend({backend!r}): t.{check.__name__}({dtype}, {call})'"
         )
         check(dtype, **arguments)
 

@@ -421,7 +421,7 @@ def test_pytorch_175024_22095_two_evaluations_before_a_backward_that_sees_new_bu
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_pytorch_96136_checkpointing_counts_as_native_does(backend, reentrant):
-    """A checkpointed segment runs forward twice, and so both updates happen: whoever changes that changes it knowingly."""
+    """A checkpointed segment runs forward twice, and both update: whoever changes that changes it knowingly."""
     ours, native = BatchNormAct2d(3), nn.BatchNorm2d(3)
     for module in (ours, native):
         x = randn(4, 3, 5, 5).requires_grad_()

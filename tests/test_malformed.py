@@ -210,7 +210,7 @@ def test_malformed_calls_of_the_modules(backend, module, arguments, shape, train
 @pytest.mark.parametrize("function", [normfused.convert, normfused.revert])
 def test_malformed_calls_of_convert_and_revert(function):
     for model in (None, 1, "model", [], torch.ones(3), nn.ReLU, lambda x: x):
-        with pytest.raises(ERRORS, match=".+"):
+        with pytest.raises(ERRORS, match=r".+"):
             function(model)
 
 
@@ -289,7 +289,7 @@ def test_calls_that_crashed_elsewhere(backend, issue):
     if backend == "torch":
         pytest.skip("PyTorch's operators: those are their crashes")
     name, tensors, rest = CRASHES[issue]
-    with pytest.raises((RuntimeError, ValueError), match="must|expected"):
+    with pytest.raises((RuntimeError, ValueError), match=r"must|expected"):
         getattr(backends.OPERATORS[backend], name)(*tensors, *rest)
 
 
