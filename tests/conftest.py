@@ -33,7 +33,11 @@ WHY_NOT_CUDA = {
 }
 
 # Markers of tests that run only when asked for.
-SLOW = {"nvcc": "minutes of compiling for a GPU", "cuda_build": "looks at what make cuda has built"}
+SLOW = {
+    "nvcc": "minutes of compiling for a GPU",
+    "cuda_build": "looks at what make cuda has built",
+    "large": "gigabytes of memory",
+}
 
 
 def pytest_configure(config):

@@ -1,3 +1,5 @@
+#include <cstdlib>
+
 #include "device.h"
 #include "operators.h"
 
@@ -12,6 +14,18 @@ void check_pre_activation(const char* op, const Name& pre_activation) {
 // Running statistics are written in place: every channel needs a place of its own.
 void check_not_expanded(const char* op, const char* argument, const OptionalTensor& t) {
   if (t) check(t->numel() <= 1 || t->stride(0) != 0, op, argument, " is written in place and must not be expanded");
+}
+
+// Both are written, channel by channel: a place that they share would hold whichever came last.
+void check_disjoint(const char* op, const OptionalTensor& running_mean, const OptionalTensor& running_var) {
+  if (!running_mean || running_mean->numel() == 0 || running_mean->dim() != 1 || running_var->dim() != 1) return;
+  const int64_t stride = running_mean->stride(0) * static_cast<int64_t>(running_mean->element_size());
+  const int64_t distance = static_cast<const char*>(running_var->const_data_ptr()) -
+                           static_cast<const char*>(running_mean->const_data_ptr());
+  // Of other strides only the first places are compared.
+  const bool same_strides = stride > 0 && running_var->stride(0) == running_mean->stride(0) && distance % stride == 0;
+  check(distance != 0 && !(same_strides && std::abs(distance / stride) < running_mean->numel()), op,
+        "running_mean and running_var are written in place and must not overlap");
 }
 
 }  // namespace
@@ -37,6 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(Tensor x, OptionalTensor weigh
           "running_mean and running_var must both be given or both be None");
     check_not_expanded(op, "running_mean", running_mean);
     check_not_expanded(op, "running_var", running_var);
+    check_disjoint(op, running_mean, running_var);
   } else {
     check(eps >= 0, op, "eps must not be negative, got ", eps);
     check(running_mean.has_value(), op, "running_mean must be given in evaluation");
