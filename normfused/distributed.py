@@ -10,7 +10,6 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from . import backends, native, recompute, stages
 from .functional import _batch_norm_error
@@ -33,8 +32,9 @@ class SyncBatchNormActFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            raise RuntimeError("SyncBatchNormAct: the gradient of its gradient (create_graph=True) is not implemented")
         x, weight, bias, residual = ctx.saved_tensors
         count, mean, invstd = ctx.statistics
         activation, backend, group = ctx.options
@@ -69,36 +69,50 @@ class SyncBatchNormActFunction(torch.autograd.Function):
         )
 
 
-class SyncBatchNormAct(_BatchNormAct, nn.SyncBatchNorm):
+class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
     """torch.nn.SyncBatchNorm followed by an activation: in training, the statistics are those of all ranks together.
 
-    Takes torch.nn.SyncBatchNorm's arguments, has its parameters, buffers and state_dict, and is an instance of it. Serves
-    every device and backend of torch.distributed. Where nothing is to be synchronised (evaluation, no process group, a
-    group of one) it is BatchNormAct.
+    Takes torch.nn.SyncBatchNorm's arguments and has its parameters, buffers and state_dict. It serves every device and
+    every backend of torch.distributed, and so is no instance of torch.nn.SyncBatchNorm, which DistributedDataParallel
+    refuses on the CPU. Where nothing is to be synchronised (evaluation, no process group, a group of one) it is BatchNormAct.
 
     Args:
+        process_group: the ranks that share statistics, all by default.
         activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
         pre_activation: applied before the statistics (Layer -> activation -> BatchNorm), a name as above or None.
 
     ``forward(input, residual=None)`` takes ``(N, C, *)``, float32, float64, float16 or bfloat16, and adds ``residual``, of
     the same shape and dtype, before the activation. N may differ from rank to rank, and be 0; C and the statistics' dtype
     (float64 for float64, float32 for the others) must not. Every rank of the group must call the layer, and all of them or
-    none must want the gradient of ``input``. The gradient is differentiable once; a double backward raises.
+    none must want the gradient of ``input``.
 
     Raises:
         ValueError: one value per channel on all ranks together (on all of them), and what
             :func:`normfused.functional.batch_norm_act` raises it for.
         NotImplementedError: integer, boolean or complex ``input``.
-        RuntimeError: sizes or dtypes of the other arguments do not fit. What is wrong on one rank alone is raised there
+        RuntimeError: sizes or dtypes do not fit; in the backward pass under ``create_graph=True``. What is wrong on one rank alone is raised there
             alone, and leaves the others waiting, as any exception between collectives.
     """
+
+    def __init__(
+        self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, process_group=None, **kwargs
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input):
+        if input.dim() < 2:
+            raise ValueError(f"SyncBatchNormAct: expected input of at least 2 dimensions, got {input.dim()}")
+        if input.shape[1] != self.num_features:
+            raise RuntimeError(
+                f"SyncBatchNormAct: expected input of {self.num_features} channels, got shape {tuple(input.shape)}"
+            )
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         group = self._group() if self.training else None
         if group is None:
             return super().forward(input, residual)
         self._check_input_dim(input)
-        self._check_non_zero_input_channels(input)
         # One value per channel is enough here, if other ranks have more: that check comes when all are counted.
         error = _batch_norm_error(input, None, None, False, 0.0, self.activation, residual, self.pre_activation)
         if error is None and self.eps <= 0.0:
@@ -142,6 +156,7 @@ class SyncBatchNormAct(_BatchNormAct, nn.SyncBatchNorm):
         return convert_sync_batchnorm(module, process_group)
 
 
+@torch.no_grad()
 def _statistics_of_all(x, group):
     """(count, mean, m2) over the ranks of ``group``, the same bits on each; the one collective of the forward."""
     count, mean, m2 = stages.statistics(x)
@@ -235,7 +250,7 @@ def unsynchronise(layer):
     if cls is None:
         return
     layer.__class__ = cls
-    if not isinstance(layer, nn.SyncBatchNorm):
+    if cls is not nn.SyncBatchNorm:
         del layer.process_group
     if not isinstance(layer, _BatchNormAct):
         del layer.activation, layer.pre_activation

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 # Where a rank fails the others wait for it in a collective.
 TIMEOUT = timedelta(seconds=30)
+# What the ranks need; torch.utils.checkpoint needs torch._dynamo.
+_IMPORTED = ["normfused", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"]
 
 
 class Ranks:
@@ -47,13 +49,15 @@ class Ranks:
     def _start(self):
         # Forked from a process that has imported everything: a rank costs milliseconds, not the seconds of an import.
         context = get_context("forkserver")
-        context.set_forkserver_preload(["normfused", "torch.distributed"])
+        context.set_forkserver_preload(_IMPORTED)
         self._directory = tempfile.TemporaryDirectory()
         store = os.path.join(self._directory.name, "store")
         for rank in range(self.world_size):
             here, there = context.Pipe()
             self._pipes.append(here)
-            self._processes.append(context.Process(target=_serve, args=(there, rank, self.world_size, store), daemon=True))
+            self._processes.append(
+                context.Process(target=_serve, args=(there, rank, self.world_size, store), daemon=True)
+            )
             self._processes[-1].start()
 
 
