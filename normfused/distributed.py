@@ -1,8 +1,8 @@
 """SyncBatchNorm with its activation, over torch.distributed.
 
 The four stages of stages.py, with one collective in each direction: the forward gathers count, mean and m2 of every
-rank, the backward adds up dbias and dweight. Any backend serves that has all_gather and all_reduce for the tensors' device:
-gloo on the CPU, NCCL on CUDA. Nothing waits for the GPU but a rank with fewer than two values per channel.
+rank, the backward adds up dweight and dbias. Any backend serves that has both for the tensors' device: gloo on the CPU,
+NCCL on CUDA. Nothing waits for the GPU but a rank with fewer than two values per channel.
 """
 
 import warnings
@@ -74,24 +74,27 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
 
     Takes torch.nn.SyncBatchNorm's arguments and has its parameters, buffers and state_dict. It serves every device and
     every backend of torch.distributed, and so is no instance of torch.nn.SyncBatchNorm, which DistributedDataParallel
-    refuses on the CPU. Where nothing is to be synchronised (evaluation, no process group, a group of one) it is BatchNormAct.
+    refuses on the CPU. Where nothing is to be synchronised (evaluation, no process group, a group of one) it is
+    BatchNormAct.
 
     Args:
         process_group: the ranks that share statistics, all by default.
         activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
         pre_activation: applied before the statistics (Layer -> activation -> BatchNorm), a name as above or None.
 
-    ``forward(input, residual=None)`` takes ``(N, C, *)``, float32, float64, float16 or bfloat16, and adds ``residual``, of
-    the same shape and dtype, before the activation. N may differ from rank to rank, and be 0; C and the statistics' dtype
-    (float64 for float64, float32 for the others) must not. Every rank of the group must call the layer, and all of them or
-    none must want the gradient of ``input``.
+    ``forward(input, residual=None)`` takes ``(N, C, *)``, float32, float64, float16 or bfloat16, and adds ``residual``,
+    of the same shape and dtype, before the activation. N may differ from rank to rank, and be 0; C and the statistics'
+    dtype (float64 for float64, float32 for the others) must not. Every rank of the group must call the layer, and all
+    of them or none must want the gradient of ``input``.
 
     Raises:
         ValueError: one value per channel on all ranks together (on all of them), and what
             :func:`normfused.functional.batch_norm_act` raises it for.
         NotImplementedError: integer, boolean or complex ``input``.
-        RuntimeError: sizes or dtypes do not fit; in the backward pass under ``create_graph=True``. What is wrong on one rank alone is raised there
-            alone, and leaves the others waiting, as any exception between collectives.
+        RuntimeError: sizes or dtypes do not fit; in the backward pass, ``create_graph=True``.
+
+    What is wrong on one rank alone is raised there alone, and leaves the others waiting, as any exception between
+    collectives does.
     """
 
     def __init__(
@@ -118,13 +121,10 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
         if error is None and self.eps <= 0.0:
             error = ValueError(f"SyncBatchNormAct: eps must be positive when training, got {self.eps}")
         tracks = self.track_running_stats and self.running_mean is not None
-        factor = 0.0 if self.momentum is None else self.momentum
         # What is computed again in a backward pass is counted already.
         again = not torch.compiler.is_compiling() and recompute.in_backward()
         if tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(0 if again else 1)
-            if self.momentum is None:
-                factor = self.num_batches_tracked.reciprocal()
         if error is not None:
             raise error
         if self.pre_activation is not None:
@@ -135,13 +135,22 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
         statistics = n, mean, (m2 / n + self.eps).sqrt().reciprocal()
         y = SyncBatchNormActFunction.apply(input, self.weight, self.bias, residual, statistics, options)
         if tracks:
-            # Without a value anywhere nothing moves; a rank that has some need not look.
-            factor = 0.0 if again else factor if input.numel() else factor * (count > 0)
+            factor = 0.0 if again else self._factor(mean.dtype)
+            if input.numel() == 0:
+                factor *= count > 0  # Without a value anywhere nothing moves; a rank that has some need not look.
             _move(self.running_mean, mean, factor)
             _move(self.running_var, m2 / (n - 1).clamp(min=1), factor)
         if recompute.is_on() and y.requires_grad:
             recompute.remember_batch_norm(y, input, self.weight, self.bias, residual, *statistics[1:], *options[:2])
         return y
+
+    def _factor(self, dtype):
+        """The weight of this batch in the running statistics: a number, or one on the device."""
+        if self.momentum is not None:
+            return self.momentum
+        if self.num_batches_tracked is None:
+            return 0.0
+        return self.num_batches_tracked.to(dtype).reciprocal()
 
     def _group(self):
         """The process group to synchronise with, None where there is nothing to."""
@@ -169,10 +178,8 @@ def _statistics_of_all(x, group):
     # If there is one value in all, every rank has at most one, and every rank comes here.
     if count <= 1 and total.item() == 1:
         raise ValueError(
-            "SyncBatchNormAct: expected more than 1 value per channel over all ranks when training, "
-            f"got input of shape {tuple(x.shape)} here and no values elsewhere"
-            if count
-            else "SyncBatchNormAct: expected more than 1 value per channel over all ranks when training"
+            "SyncBatchNormAct: expected more than 1 value per channel on all ranks together when training, "
+            f"got input of shape {tuple(x.shape)} on this one"
         )
     return total, mean, m2
 
@@ -203,8 +210,8 @@ def convert_sync_batchnorm(module, process_group=None):
     """Make every BatchNorm of ``module`` a SyncBatchNormAct, in place; what was fused with an activation keeps it.
 
     The layers of torch.nn (BatchNorm1d, 2d, 3d and SyncBatchNorm) and ours change class: parameters, buffers, hooks,
-    state_dict and an optimizer built before stay valid. ``normfused.revert`` gives the classes back that they had before
-    ``convert``. Call it after ``convert`` and before DistributedDataParallel or fully_shard.
+    state_dict and an optimizer built before stay valid, and ``normfused.revert`` undoes it together with ``convert``.
+    Call it after ``convert`` and before DistributedDataParallel or fully_shard.
 
     Args:
         module: any module, in any mode, on any device.

@@ -33,11 +33,11 @@ _recipes = weakref.WeakValueDictionary()
 def recompute_activations():
     """Around the forward pass: what the fused layers put out is computed again in the backward pass instead of kept.
 
-    For a layer -> BatchNorm -> activation -> layer chain this halves the memory of activations, for one more pass over them
-    (GroupNorm: two) in the backward pass. Gradients are bit-equal, running statistics are updated once. Only layers that
-    run on normfused's kernels take part (``normfused.info()``), in eager mode; all other tensors are kept as usual. Inside
-    ``torch.utils.checkpoint`` and under other saved_tensors_hooks, those decide. The backward pass may be outside. As
-    all saved_tensors_hooks it excludes torch.func's transforms.
+    A chain convolution -> norm -> activation -> convolution keeps half as much, for one more read and write of each
+    output in the backward pass (GroupNorm: also a second read). Gradients are bit-equal, and running statistics are
+    updated once. Only layers that run on normfused's kernels take part (``normfused.info()``), in eager mode; other
+    tensors are kept as usual. Within it, ``torch.utils.checkpoint`` and other saved_tensors_hooks come first, and
+    torch.func's transforms raise, as they do with any such hooks. The backward pass may be outside.
     """
     local.depth += 1
     try:
@@ -56,7 +56,7 @@ def is_on():
 
 
 def in_backward():
-    """Whether this code runs in a backward pass, as what torch.utils.checkpoint computes again does; not when compiling."""
+    """Whether this code runs in a backward pass, as what torch.utils.checkpoint computes again does."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -175,8 +175,8 @@ def _unpack(packed):
 def checkpoint_policy(context, op, *args, **kwargs):
     """A policy of selective checkpointing: what is expensive is saved, normalisation and activations are recomputed.
 
-    Saved are convolutions, matrix products and attention; all else, our fused operators among it, is computed again. The
-    operator of a fused layer is one: its statistics are computed again too, one more pass over x, to the same bits. For ::
+    Saved are convolutions, matrix products and attention; all else, fused layers among it, is computed again. A fused
+    layer is one operator, so that its statistics are computed again too, to the same bits: one more read of x. For ::
 
         from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 

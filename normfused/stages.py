@@ -1,9 +1,8 @@
-"""The four stages of BatchNorm + activation one by one: what SyncBatchNorm's collectives and recomputation come between.
+"""The four stages of BatchNorm + activation one by one, for what comes between them: SyncBatchNorm, recomputation.
 
-``mean`` and ``invstd`` are those of the whole batch, ``(C,)`` in float32 (float64 for float64 ``x``). ``S`` below is the
-size of x: the stages by themselves move 4 S in the forward pass (2 for the statistics where they take one pass over x,
-as on CUDA; PyTorch's CPU kernel takes two, the second mostly from the cache) and 6 S in the backward pass, one more than
-two kernels of their own would.
+``mean`` and ``invstd`` are those of the whole batch, ``(C,)`` in float32 (float64 for float64 ``x``). Memory passes are
+counted in S, the size of x. Together the stages move 3 S forward, as kernels of their own would (4 on the CPU, where
+PyTorch's kernel reads x twice for the statistics), and 6 S backward, where those would move 5.
 """
 
 import torch
@@ -47,7 +46,7 @@ def scale(weight, invstd):
 def apply(x, scale, bias, residual, mean, activation, backend):
     """``activation((x - mean) * scale + bias + residual)``, bit-equal to the y of the forward that found ``mean``.
 
-    It is the operator's evaluation with a variance of 1, whose inverse deviation is exactly 1. Moves 2 S, 3 with residual.
+    The operator's evaluation with a variance of 1, whose inverse deviation is exactly 1. Moves 2 S, 3 with residual.
     """
     ones = torch.ones_like(mean)
     if backend == "torch":
@@ -86,7 +85,7 @@ def backward_reduce(dy, x, weight, bias, residual, mean, invstd, activation, bac
 def backward_apply(frozen_dx, x, weight, mean, invstd, dweight, dbias, count, backend):
     """``dx = frozen_dx - scale * (dbias + x_hat * dweight) / count``, the sums and the count of the whole batch.
 
-    It is an affine map of x plus a residual. Moves 3 S; in 16 bits frozen_dx was rounded once more, as dy was before it.
+    An affine map of x plus a residual. Moves 3 S; in 16 bits frozen_dx is a rounding more, no larger than dy's own.
     """
     factor = -scale(weight, invstd) / count
     return apply(x, factor * invstd * dweight, factor * dbias, frozen_dx, mean, None, backend)
