@@ -113,7 +113,7 @@ class _Recipe:
         )
         self.apply = apply
         # x may be an earlier layer's y: then this recipe holds that recipe.
-        self.inputs = [None if t is None else _pack(t.detach()) for t in inputs]
+        self.inputs = [None if t is None else _pack(t) for t in inputs]
         self.y = None
 
     def makes(self, t):
@@ -147,7 +147,8 @@ class _Kept:
     """A tensor that is kept; with hooks autograd itself no longer watches over changes in place."""
 
     def __init__(self, t):
-        self.tensor = t
+        # t may be the very output of the node that keeps this: without detach a cycle, which nobody collects in time.
+        self.tensor = t.detach()
         self.version = t._version
 
     def unpack(self):
