@@ -81,8 +81,7 @@ class Forward:
         for node in ast.walk(self.definition):
             if isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign)):
                 self.nodes.setdefault(_position(node, first), []).append(node)
-        code, ours = self.function.__code__, self._compile(self.definition)
-        if any(getattr(ours, name) != getattr(code, name) for name in ("co_code", "co_names", "co_varnames")):
+        if _essence(self._compile(self.definition)) != _essence(self.function.__code__):
             raise ValueError(f"{cls.__name__}.forward is not what its source says")
 
     def why_not(self, module, edit):
@@ -268,6 +267,12 @@ def _operands(node):
     if isinstance(node, ast.AugAssign):
         return ast.Name(node.target.id, ast.Load()), node.value
     return (node.func.value, *node.args)[-2:]
+
+
+def _essence(code):
+    """What tells whether two code objects come from the same text; the instructions depend on the module around it."""
+    constants = [repr(constant) for constant in code.co_consts if not isinstance(constant, types.CodeType)]
+    return code.co_names, code.co_varnames, code.co_freevars, constants, set(code.co_positions())
 
 
 def _code_named(code, name, line):
