@@ -127,13 +127,14 @@ def revert(model):
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
-        ValueError: a layer's sum or activation stands in a forward outside ``model``; nothing is changed then.
+        ValueError: a layer's sum stands in a forward outside ``model``, or a class was derived from a converted one
+            (FSDP2 does that: revert before). Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
     places = _places(model)
     norms = {module: name for name, module in model.named_modules() if plain_class(type(module)) is not None}
-    rewritten = [module for module in model.modules() if convert_rewrite.is_rewritten(module)]
+    rewritten = [module for module in places.keys() | {model} if convert_rewrite.is_rewritten(module)]
     in_forward = {norm for module in rewritten for norm in convert_rewrite.deferred_layers(module)}
     num_norms = Counter(origin.module for norm in norms if (origin := vars(norm).get("fused_from")) is not None)
     # An activation comes back once every layer that computes it is here to stop doing so.

@@ -182,7 +182,10 @@ def restore(module):
 
 
 def is_rewritten(module):
-    return "_normfused_original" in vars(type(module))
+    cls = type(module)
+    if hasattr(cls, "_normfused_original") and "_normfused_original" not in vars(cls):
+        raise ValueError(f"{cls.__name__} is derived from a converted class, which cannot be reverted under it")
+    return hasattr(cls, "_normfused_original")
 
 
 def deferred_layers(module):

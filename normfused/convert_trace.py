@@ -67,7 +67,7 @@ def why_opaque(parent):
     if "forward" in vars(parent) or cls.__call__ is not nn.Module.__call__:
         return f"{cls.__name__} runs more than its forward"
     # Tracing torch's own wrappers (DistributedDataParallel, say) would have effects.
-    if cls.forward is not nn.Sequential.forward and cls.forward.__module__.startswith("torch."):
+    if cls.forward is not nn.Sequential.forward and (cls.forward.__module__ or "").startswith("torch."):
         return f"{cls.__name__}.forward is PyTorch's own"
     return None
 
@@ -82,12 +82,17 @@ def _position(code):
     frame = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", __package__):
         frame = frame.f_back
-    if frame is None or frame.f_code is not code or not hasattr(code, "co_positions"):
+    # fx runs a copy of the code where there are keyword-only arguments.
+    if frame is None or _place(frame.f_code) != _place(code) or not hasattr(code, "co_positions"):
         return None
     line, end_line, column, end_column = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
     if None in (line, end_line, column, end_column):
         return None
     return line - code.co_firstlineno, end_line - code.co_firstlineno, column, end_column
+
+
+def _place(code):
+    return code and (code.co_filename, code.co_firstlineno, code.co_name)
 
 
 class _NoReading(TorchFunctionMode):
@@ -101,12 +106,28 @@ class _NoReading(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _no_drawing():
-    """Raises where Python's random numbers are used: they may decide what a forward does."""
-    state = random.getstate()
+    """Raises where Python's or NumPy's random numbers are used: they may decide what a forward does."""
+    state = _random_state()
     yield
-    if random.getstate() != state:
-        random.setstate(state)
-        raise DataDependent("it draws from Python's random")
+    if _random_state() != state:
+        _set_random_state(state)
+        raise DataDependent("it draws random numbers in Python")
+
+
+def _random_state():
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return random.getstate(), None
+    kind, keys, *rest = numpy.random.get_state()
+    return random.getstate(), (kind, keys.tobytes(), *rest)
+
+
+def _set_random_state(state):
+    python, numpy = state
+    random.setstate(python)
+    if numpy is not None:
+        kind, keys, *rest = numpy
+        sys.modules["numpy"].random.set_state((kind, sys.modules["numpy"].frombuffer(keys, "uint32"), *rest))
 
 
 class _Tracer(fx.Tracer):
@@ -159,7 +180,7 @@ def example_graphs(model, example_inputs, watched):
     args, kwargs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {}
     if isinstance(example_inputs, dict):
         args, kwargs = (), example_inputs
-    graphs, unproven = {module: [] for module in watched}, {}
+    graphs, unproven, state = {module: [] for module in watched}, {}, _random_state()
     for training in (True, False):
         # A copy, because a forward changes running statistics and whatever else it likes.
         twin = copy.deepcopy(model).train(training)
@@ -175,12 +196,13 @@ def example_graphs(model, example_inputs, watched):
         mode = "training" if training else "evaluation"
         for module in watched:
             if module in recorder.data_dependent:
-                unproven[module] = f"what it does depends on the data ({recorder.data_dependent[module]})"
+                unproven.setdefault(module, f"what it does depends on {recorder.data_dependent[module]}")
             elif module in recorder.under_way():
-                unproven[module] = f"the example inputs fail in {mode} ({error})"
+                unproven.setdefault(module, f"the example inputs fail in {mode} ({error})")
             elif not recorder.graphs[module]:
                 unproven.setdefault(module, f"the example inputs do not reach it in {mode}")
             graphs[module] += recorder.graphs[module]
+    _set_random_state(state)
     return graphs, unproven
 
 
@@ -211,6 +233,7 @@ class _Frame:
     def __init__(self, module, watched):
         self.module = module
         self.graph = fx.Graph() if watched else None
+        self.random_state = _random_state() if watched else None
         self.code = forward_code(module)
         self.names = {child: name for name, child in module.named_modules()} if watched else {}
         self.nodes = {}  # id of a tensor -> the node that computed it
@@ -260,6 +283,8 @@ class _Recorder(TorchFunctionMode):
     def _leave(self, module, args, kwargs, result):
         frame = self.stack.pop()
         if frame.graph is not None:
+            if frame.random_state != _random_state():
+                self.data_dependent[self.original[module]] = "random numbers in Python"
             kept = [tensor for tensor in _tensors(vars(module)) if id(tensor) in frame.nodes]
             frame.record("call_function", tuple, (result, kept), {}, None, None)
             self.graphs[self.original[module]].append(frame.graph)
@@ -277,7 +302,7 @@ class _Recorder(TorchFunctionMode):
         frame = self.stack[-1]
         if name in _READS and not type(frame.module).__module__.startswith("torch."):
             for caller in self.stack:
-                self.data_dependent[self.original[caller.module]] = name
+                self.data_dependent[self.original[caller.module]] = f"a tensor's value ({name})"
         # Asking for a shape or a dtype is no use of a tensor's value.
         asks = isinstance(result, (int, torch.Size, torch.dtype, torch.device))
         if frame.graph is not None and not asks:
