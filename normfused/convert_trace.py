@@ -108,10 +108,12 @@ class _NoReading(TorchFunctionMode):
 def _no_drawing():
     """Raises where Python's or NumPy's random numbers are used: they may decide what a forward does."""
     state = _random_state()
-    yield
-    if _random_state() != state:
+    try:
+        yield
+        if _random_state() != state:
+            raise DataDependent("it draws random numbers in Python")
+    finally:
         _set_random_state(state)
-        raise DataDependent("it draws random numbers in Python")
 
 
 def _random_state():
