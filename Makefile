@@ -1,16 +1,19 @@
 # make build   install into .venv and build, nothing more
 # make demo    train a MobileNetV2 with and without normfused, and compare
 # make test    run the tests
+# make cuda    where nvcc is: install with the CUDA kernels into .venv-cuda, beside the models of other libraries
 # make lint    ruff and clang-format
 # make bench   the microbenchmark of README.md
+# make gpu     on a machine with a GPU: build, tests, sanitizers, benchmarks; OUT=folder, MINUTES=8.7, PYTHON=python3
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml constraints.txt
+CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu' -o -name '*.cuh') constraints-cuda.txt
 FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test lint format bench clean
+.PHONY: build cuda demo test lint format bench gpu clean
 
 build: $(VENV)/built
 
@@ -23,6 +26,17 @@ $(VENV)/built: $(SOURCES)
 	$(BIN)/python -m normfused
 	touch $@
 
+cuda: .venv-cuda/built
+
+# A CUDA build of torch; without a GPU here, TORCH_CUDA_ARCH_LIST says what for.
+.venv-cuda/built: $(CUDA_SOURCES)
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --constraint constraints-cuda.txt torch torchvision timm transformers \
+		setuptools wheel ninja pybind11
+	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" FORCE_CUDA=1 .venv-cuda/bin/python -m pip install --quiet \
+		--constraint constraints-cuda.txt --no-build-isolation '.[test]'
+	touch $@
+
 demo: build
 	$(BIN)/python -m bench demo
 
@@ -31,6 +45,12 @@ test: build
 
 bench: build
 	$(BIN)/python -m bench ops
+
+# Builds in place with PYTHON's own torch, so that it runs on a bare machine without a network.
+OUT ?= out/gpu
+MINUTES ?= 8.7
+gpu:
+	$(PYTHON) -m bench gpu --out '$(OUT)' --minutes $(MINUTES)
 
 lint: $(BIN)/ruff
 	$(BIN)/ruff check .
@@ -47,4 +67,4 @@ $(BIN)/ruff: $(VENV)/built
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out *.egg-info normfused/*.so
+	rm -rf $(VENV) .venv-cuda build out *.egg-info normfused/*.so

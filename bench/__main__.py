@@ -1,16 +1,20 @@
-"""Command line: ``python -m bench ops`` and ``python -m bench demo``."""
+"""Command line: ``python -m bench ops``, ``compare``, ``gpu`` and ``demo``."""
 
 import argparse
 import sys
 
 import torch
 
-from . import cases, ops, providers, report
+from . import cases, compare, ops, providers, report
 
 _EPILOG = """examples:
   python -m bench ops                                          everything; torch.compile takes its time for each shape
   python -m bench ops --family batch_norm --shape 96,56 --providers eager normfused
+  python -m bench ops --shape 32,96,112,112 --dtype bf16 --layout channels_last --groups 32 --activation silu
   python -m bench ops --family tiny                            host time of one call
+  python -m bench ops --device cuda --batch 32 128 256         on a GPU
+  python -m bench compare before/ops.json after/ops.json       status 1 where something became slower
+  python -m bench gpu --out out/gpu                            all that needs a GPU
   python -m bench demo --out out/demo
 """
 
@@ -29,71 +33,168 @@ def _positive(kind):
 
 
 def _shape(text):
-    """(C, H = W) of "C,HW"."""
+    """(C, H = W), (N, C, H, W) or (N, C, D, H, W)."""
     try:
-        channels, size = (int(part) for part in text.split(","))
+        sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
-        channels = size = 0
-    if channels < 1 or size < 1:
-        raise argparse.ArgumentTypeError(f"expected C,HW such as 96,56, got {text!r}")
-    return channels, size
+        sizes = ()
+    if len(sizes) not in (2, 4, 5) or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected N,C,H,W such as 32,96,112,112 (or N,C,D,H,W), or C,HW such as 96,56, got {text!r}"
+        )
+    return sizes
+
+
+def _dtype(text):
+    return cases.DTYPE_ALIASES.get(text, text)
+
+
+def _activation(text):
+    return None if text == "none" else text
 
 
 def parser():
     """The argument parser of ``python -m bench``."""
     whole = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Benchmarks of normfused against PyTorch, on the CPU.",
+        description="Benchmarks of normfused against PyTorch, on the CPU and on a GPU.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = whole.add_subparsers(dest="command", required=True)
+    _add_ops(commands)
+    _add_compare(commands)
+    _add_gpu(commands)
+    _add_demo(commands)
+    return whole
+
+
+def _add_ops(commands):
     ours = commands.add_parser(
         "ops",
         help="time single layers",
-        description="Time single layers: PyTorch's own (eager), torch.compile of them, normfused. Every provider is "
-        "checked against the formulas in float64 first; all are timed in turn, in one process, in shuffled rounds.",
+        description="Time single layers: PyTorch's own (eager), torch.compile of them, normfused, its Triton kernels "
+        "where there is a GPU, and the peers that are installed. Every provider is checked against the formulas in "
+        "float64 first; all are timed in turn, in one process, in shuffled rounds. On a GPU times are those of the "
+        "kernels (replays of a CUDA graph over tensors four times as large as L2), but for mode host.",
     )
+    ours.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    families = "; ".join(f"{name}: {family.about}" for name, family in cases.FAMILIES.items())
     ours.add_argument(
         "--family",
+        nargs="+",
         choices=(*cases.FAMILIES, "all"),
-        help="batch_norm: BatchNorm + ReLU6 of MobileNetV2; group_norm: GroupNorm of a U-Net; tiny: host time of a "
-        "call. Default: all, or batch_norm where --shape is given",
+        help=f"{families}. Default: {', '.join(cases.DEFAULT_FAMILIES['cpu'])} on the CPU, "
+        f"{', '.join(cases.DEFAULT_FAMILIES['cuda'])} on a GPU; batch_norm where --shape C,HW is given",
     )
     ours.add_argument(
-        "--batch",
-        type=_positive(int),
-        metavar="N",
-        help="batch size; default: 32 for batch_norm, 8 for group_norm",
+        "--batch", nargs="+", type=_positive(int), metavar="N", help="batch sizes; default: the family's own"
     )
     ours.add_argument(
         "--dtype",
         nargs="+",
+        type=_dtype,
         choices=tuple(cases.DTYPES),
-        help="of x, parameters are float32; default: all for batch_norm, float32 for group_norm; tiny has float32 only",
+        help="of x (bf16, fp16, fp32 will do), parameters are float32; default: float32 and, for BatchNorm, bfloat16; "
+        "on a GPU the 16-bit ones too; tiny has float32 only",
     )
     ours.add_argument("--layout", nargs="+", choices=cases.LAYOUTS, default=cases.LAYOUTS, help="default: both")
     ours.add_argument(
-        "--mode", nargs="+", choices=cases.MODES, default=cases.MODES, help="default: both; tiny has the last only"
+        "--mode",
+        nargs="+",
+        choices=cases.MODES,
+        help=f"default: {', '.join(cases.DEFAULT_MODES['cpu'])} on the CPU, all on a GPU; host is the tiny family's",
     )
     ours.add_argument(
         "--shape",
         nargs="+",
         type=_shape,
-        metavar="C,HW",
-        help="channels and height = width, in place of the family's own shapes (group_norm: C divisible by 32)",
+        metavar="SIZES",
+        help="a layer of your own, N,C,H,W or N,C,D,H,W: BatchNorm + ReLU6 unless --groups and --activation say "
+        "otherwise; or C,HW, channels and height = width in place of a family's own (group_norm: C divisible by 32)",
     )
+    ours.add_argument("--groups", type=_positive(int), metavar="G", help="GroupNorm of --shape N,C,H,W")
+    ours.add_argument(
+        "--activation", choices=("none", *providers.ACTIVATIONS), help="of --shape N,C,H,W; default: relu6"
+    )
+    ours.add_argument("--residual", action="store_true", help="add a residual to --shape N,C,H,W, BatchNorm only")
     ours.add_argument(
         "--seconds",
         type=_positive(float),
-        default=4.0,
-        metavar="S",
-        help="timing budget of one case in one mode, all providers together; at least five rounds are made; default: 4",
+        help="timing budget of one case in one mode, all providers together; at least five rounds are made; "
+        "default: 4, on a GPU 0.5",
     )
-    ours.add_argument("--providers", nargs="+", choices=tuple(providers.PROVIDERS), default=list(providers.PROVIDERS))
+    ours.add_argument(
+        "--providers",
+        nargs="+",
+        choices=tuple(providers.PROVIDERS),
+        help="default: eager, compile, normfused, on a GPU triton, and those of liger, inplace_abn, apex that are "
+        "installed; compile-max is torch.compile with max-autotune",
+    )
+    ours.add_argument("--seed", type=int, default=0, help="of the numbers and of the order; default: 0")
+    ours.add_argument("--resume", action="store_true", help="measure only what FOLDER/ops.json does not have yet")
     ours.add_argument(
         "--out", default="out/bench", metavar="FOLDER", help="for ops.md, ops.csv, ops.json; default: out/bench"
     )
+    _add_threads(ours)
+
+
+def _add_threads(command):
+    command.add_argument("--threads", type=_positive(int), metavar="N", help="default: PyTorch's own choice")
+
+
+def _add_compare(commands):
+    ours = commands.add_parser(
+        "compare",
+        help="what became slower between two runs",
+        description="Compare two files that `ops` wrote. A change beyond three standard deviations of the two medians, "
+        "and beyond the threshold, is one. Status 1 where something became slower or fails now, 2 where the files "
+        "cannot be compared.",
+    )
+    ours.add_argument("old", help="ops.json of the earlier run")
+    ours.add_argument("new", help="ops.json of the later run")
+    ours.add_argument(
+        "--providers", nargs="+", choices=tuple(providers.PROVIDERS), default=list(providers.OURS), help="default: ours"
+    )
+    ours.add_argument(
+        "--threshold", type=_positive(float), default=0.05, help="relative change that is none; default: 0.05"
+    )
+    ours.add_argument(
+        "--unit",
+        choices=("seconds", "copies"),
+        default="seconds",
+        help="copies: times as multiples of the copy in the same run, for machines that are not equally fast",
+    )
+
+
+def _add_gpu(commands):
+    ours = commands.add_parser(
+        "gpu",
+        help="build, test and measure on a machine with a GPU",
+        description="What `make gpu` runs: builds the extension for the GPU at hand, runs the tests that need one, "
+        "compute-sanitizer and the benchmarks, each with a time limit, the most important first. Status 1 where a part "
+        "that is about correctness failed. Needs python3 with torch, setuptools, pybind11, ninja, pytest and "
+        "hypothesis, and nvcc; no network.",
+    )
+    ours.add_argument(
+        "--out",
+        default="out/gpu",
+        metavar="FOLDER",
+        help="for report.md, report.json, report.csv, log.txt and two plots; default: out/gpu",
+    )
+    ours.add_argument(
+        "--minutes", type=_positive(float), default=8.7, help="for all parts together; default: 8.7; 60 leaves none out"
+    )
+    ours.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: a few small benchmarks, to try the machinery where there is no GPU",
+    )
+    ours.add_argument("--no-build", action="store_true", help="use what is built")
+
+
+def _add_demo(commands):
     demo = commands.add_parser(
         "demo",
         help="train MobileNetV2 and its converted twin side by side",
@@ -115,44 +216,76 @@ def parser():
     demo.add_argument("--warm-up", type=_positive(int), default=40, help="steps of linear warm-up; default: 40")
     demo.add_argument("--seed", type=int, default=0, help="of weights and batches; default: 0")
     demo.add_argument("--channels-last", action="store_true", help="channels_last images and weights")
-    for command in (ours, demo):
-        command.add_argument("--threads", type=_positive(int), metavar="N", help="default: PyTorch's own choice")
-    return whole
+    _add_threads(demo)
 
 
-def _selection(options, error):
+def _selection(options, modes, error):
     """The cases that the options of ``ops`` name."""
-    family = options.family or ("batch_norm" if options.shape else "all")
-    if options.shape and family not in ("batch_norm", "group_norm"):
-        error(f"--shape needs --family batch_norm or group_norm, got {family}")
-    if options.batch and family == "tiny":
-        error(f"--batch does not apply to the tiny family, whose only shape is {cases.TINY_SHAPE}")
-    if family == "group_norm":
-        for channels, _ in options.shape or ():
-            if channels % cases.GROUPS:
-                error(f"--shape: {channels} channels do not divide into {cases.GROUPS} groups")
-    families = cases.FAMILIES if family == "all" else (family,)
-    selected = cases.select(families, options.shape, options.batch, options.dtype, options.layout)
-    if "forward+backward" not in options.mode:
-        selected = [case for case in selected if case.family != "tiny"]
+    full = [shape for shape in options.shape or () if len(shape) > 2]
+    layers = [shape for shape in options.shape or () if len(shape) == 2]
+    if full and (layers or options.family or options.batch):
+        error("--shape N,C,H,W does not go with --shape C,HW, --family or --batch")
+    if not full and (options.groups or options.activation or options.residual):
+        error("--groups, --activation and --residual need --shape N,C,H,W")
+    if full:
+        if options.groups and options.residual:
+            error("--residual is BatchNorm's: GroupNorm takes none")
+        for shape in full if options.groups else ():
+            if shape[1] % options.groups:
+                error(f"--shape: {shape[1]} channels do not divide into {options.groups} groups")
+        activation = "relu6" if options.activation is None else _activation(options.activation)
+        dtypes = options.dtype or ("float32",)
+        selected = cases.own(full, dtypes, options.layout, options.groups, activation, options.residual)
+    else:
+        families = options.family or (("batch_norm",) if layers else cases.DEFAULT_FAMILIES[options.device])
+        families = tuple(cases.FAMILIES) if "all" in families else tuple(families)
+        if layers and ("tiny" in families or "video" in families):
+            error(f"--shape C,HW needs families of such shapes, batch_norm or group_norm say, got {' '.join(families)}")
+        if options.batch and families == ("tiny",):
+            error(f"--batch does not apply to the tiny family, whose only shape is {cases.TINY_SHAPE}")
+        for name in families:
+            groups = cases.FAMILIES[name].groups
+            for channels, _ in layers if groups else ():
+                if channels % groups:
+                    error(f"--shape: {channels} channels do not divide into {groups} groups")
+        selected = cases.select(families, options.batch, options.dtype, options.layout, options.device, layers)
+    selected = [case for case in selected if cases.modes_of(case, modes)]
     if not selected:
-        error("no case is left: the tiny family is float32, contiguous and forward+backward only")
+        error("no case is left: the tiny family is float32, contiguous and mode host only")
     return selected
+
+
+def select(arguments):
+    """(cases, modes) that ``arguments`` of ``python -m bench ops`` name."""
+    whole = parser()
+    options = whole.parse_args(arguments)
+    modes = options.mode or cases.DEFAULT_MODES[options.device]
+    return _selection(options, modes, whole.error), modes
 
 
 def run_ops(options, arguments, error):
     """``python -m bench ops``; returns the exit status."""
-    selected = _selection(options, error)
-    where = report.environment(arguments)
-    names = [name for name in providers.PROVIDERS if name in options.providers]
-    modes = [mode for mode in cases.MODES if mode in options.mode]
-    rows = []
+    modes = options.mode or cases.DEFAULT_MODES[options.device]
+    selected = _selection(options, modes, error)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        error("--device cuda: PyTorch finds no GPU here")
+    where = report.environment(arguments, options.device)
+    names = options.providers or providers.defaults(options.device)
+    seconds = options.seconds or (4.0 if options.device == "cpu" else 0.5)
     try:
-        ops.run(selected, modes, names, options.seconds, rows)
+        rows = report.resumable(options.out, where) if options.resume else []
+    except ValueError as why:
+        error(f"--resume: {why}")
+
+    def write():
+        return report.write(rows, where, options.out)
+
+    try:
+        ops.run(selected, modes, names, seconds, rows, device=options.device, seed=options.seed, finished=write)
     except KeyboardInterrupt:
         where["interrupted"] = True
         print("\ninterrupted: writing what was measured", file=sys.stderr)
-    paths = report.write(rows, where, options.out)
+    paths = write()
     print(report.markdown(rows, where))
     print("written: " + ", ".join(map(str, paths)), file=sys.stderr)
     return 130 if where.get("interrupted") else 0
@@ -163,6 +296,12 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     whole = parser()
     options = whole.parse_args(arguments)
+    if options.command == "compare":
+        return compare.main(options, whole.error)
+    if options.command == "gpu":
+        from . import gpu  # this process loads no CUDA: its children have all of the GPU
+
+        return gpu.main(options, arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.command == "ops":

@@ -1,113 +1,241 @@
-"""What is measured, as data: shapes, layouts and dtypes."""
+"""What is measured, as data: shapes, layouts, dtypes and modes."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-# (C, H = W) of every distinct BatchNorm + ReLU6 in MobileNetV2 1.0 at 224x224 (Sandler et al. 2018, arXiv:1801.04381).
-BATCH_NORM_SHAPES = (
-    (32, 112),
-    (96, 112),
-    (96, 56),
-    (144, 56),
-    (144, 28),
-    (192, 28),
-    (192, 14),
-    (384, 14),
-    (576, 14),
-    (576, 7),
-    (960, 7),
-    (1280, 7),
-)
-BATCH_NORM_BATCH = 32
 
-# (C, H = W) of the GroupNorms on the way down a latent-diffusion U-Net.
-GROUP_NORM_SHAPES = ((320, 64), (640, 32), (1280, 16))
-GROUP_NORM_BATCH = 8
-GROUPS = 32
+@dataclass(frozen=True)
+class Family:
+    """Layers of one kind: ``layers`` are (C, H = W) or (C, D, H, W), ``residual`` those that add a residual too."""
+
+    about: str
+    layers: tuple[tuple[int, ...], ...]
+    batches: tuple[int, ...]
+    activation: str | None
+    groups: int | None = None  # None: BatchNorm
+    residual: tuple[tuple[int, ...], ...] = ()
+
 
 # So little data that only the host's work for a call is left.
 TINY_SHAPE = (2, 4, 2, 2)
+GROUPS = 32
 
-FAMILIES = ("batch_norm", "group_norm", "tiny")
+FAMILIES = {
+    # Every distinct one of MobileNetV2 1.0 at 224x224 (Sandler et al. 2018, arXiv:1801.04381).
+    "batch_norm": Family(
+        "BatchNorm + ReLU6 of MobileNetV2",
+        (
+            *((32, 112), (96, 112), (96, 56), (144, 56), (144, 28), (192, 28)),
+            *((192, 14), (384, 14), (576, 14), (576, 7), (960, 7), (1280, 7)),
+        ),
+        (32,),
+        "relu6",
+    ),
+    # ResNet-50 at 224x224 (He et al. 2015, arXiv:1512.03385), strides in the 3x3 convolutions as in torchvision.
+    "resnet50": Family(
+        "BatchNorm + ReLU of ResNet-50, with the residual where it has one",
+        ((64, 112), (64, 56), (128, 56), (128, 28), (256, 28), (256, 14), (512, 14), (512, 7)),
+        (32,),
+        "relu",
+        residual=((256, 56), (512, 28), (1024, 14), (2048, 7)),
+    ),
+    # EfficientNet-Lite0 at 224x224: EfficientNet-B0 (arXiv:1905.11946) without squeeze-and-excitation, with ReLU6.
+    "efficientnet_lite": Family(
+        "BatchNorm + ReLU6 of EfficientNet-Lite0",
+        (
+            *((32, 112), (96, 112), (96, 56), (144, 56), (144, 28), (240, 28)),
+            *((240, 14), (480, 14), (672, 14), (672, 7), (1152, 7), (1280, 7)),
+        ),
+        (32,),
+        "relu6",
+    ),
+    "group_norm": Family(
+        "GroupNorm on the way down a latent-diffusion U-Net, without activation",
+        ((320, 64), (640, 32), (1280, 16)),
+        (8,),
+        None,
+        GROUPS,
+    ),
+    "diffusion": Family(
+        "GroupNorm + SiLU of latent diffusion's U-Nets",
+        tuple((c, size) for size in (64, 32, 16, 8) for c in (320, 640, 1280)),
+        (2, 16),
+        "silu",
+        GROUPS,
+    ),
+    "video": Family(
+        "GroupNorm + SiLU of a video autoencoder (a group is 20 MB in float32)",
+        ((128, 20, 256, 256),),
+        (1,),
+        "silu",
+        GROUPS,
+    ),
+    "tiny": Family("host time of a call", (), (), "relu6"),
+}
+DEFAULT_FAMILIES = {
+    "cpu": ("batch_norm", "group_norm", "tiny"),
+    "cuda": ("batch_norm", "resnet50", "diffusion", "video", "tiny"),
+}
+
 LAYOUTS = ("contiguous", "channels_last")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MODES = ("forward", "forward+backward")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+# forward: training, the graph recorded. eval: without gradients. host: forward + backward of a tiny tensor.
+MODES = ("forward", "eval", "backward", "forward+backward", "host")
+DEFAULT_MODES = {"cpu": ("forward", "forward+backward", "host"), "cuda": MODES}
 
 # Full tensors that must move through memory: forward reads x and writes y, backward reads x and dy and writes dx.
-FLOOR_TENSORS = {"forward": 2, "forward+backward": 5}
+_FLOOR_TENSORS = {"forward": 2, "eval": 2, "backward": 3, "forward+backward": 5, "host": 5}
+# A residual is read; backward writes its gradient, and needs no more of it than a bit per element.
+_FLOOR_RESIDUAL = {"forward": 1, "eval": 1, "backward": 1, "forward+backward": 2, "host": 2}
 
 
 @dataclass(frozen=True)
 class Case:
     """One tensor and the layer applied to it.
 
-    ``shape`` is (N, C, H, W); ``dtype`` that of x (parameters are float32); ``form`` "module" or "functional";
-    ``groups`` is None for BatchNorm + ReLU6, the number of groups for GroupNorm (without activation).
+    ``shape`` is (N, C, H, W) or (N, C, D, H, W); ``dtype`` that of x (parameters are float32); ``groups`` is None for
+    BatchNorm, the number of groups for GroupNorm; ``form`` "module" or "functional" (BatchNorm without a residual).
     """
 
     family: str
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     dtype: str
     layout: str
     groups: int | None = None
+    activation: str | None = "relu6"
+    residual: bool = False
     form: str = "module"
 
     @property
     def bytes(self) -> int:
         """S, the bytes of x."""
-        n, c, h, w = self.shape
-        return n * c * h * w * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def values_per_channel(self) -> int:
+        return math.prod(self.shape) // self.shape[1]
+
+    def floor_tensors(self, mode: str) -> int:
+        """Full tensors that any implementation must move."""
+        return _FLOOR_TENSORS[mode] + _FLOOR_RESIDUAL[mode] * self.residual
 
     def floor_bytes(self, mode: str) -> int:
-        """Bytes that any implementation must move: 2 S forward, 3 S more backward."""
-        return FLOOR_TENSORS[mode] * self.bytes
+        """Bytes that any implementation must move: 2 S forward, 3 S more backward; a residual adds S to both."""
+        return self.floor_tensors(mode) * self.bytes
+
+    @property
+    def layer(self) -> str:
+        """The layer in words, "BatchNorm + residual + relu"."""
+        norm = "BatchNorm" if self.groups is None else f"GroupNorm/{self.groups}"
+        return " + ".join([norm, *["residual"] * self.residual, *[self.activation] * (self.activation is not None)])
 
     def __str__(self):
-        size = "x".join(map(str, self.shape))
-        groups = "" if self.groups is None else f"/{self.groups}"
-        return f"{self.family} {size}{groups} {self.dtype} {self.layout} {self.form}"
+        return f"{self.family} {'x'.join(map(str, self.shape))} {self.layer} {self.dtype} {self.layout} {self.form}"
 
 
-def select(families=FAMILIES, shapes=None, batch=None, dtypes=None, layouts=LAYOUTS):
+def modes_of(case, modes):
+    """Those of ``modes`` that ``case`` is measured in: a tiny one in "host" only, no other in that."""
+    return [mode for mode in MODES if mode in modes and (mode == "host") == (case.family == "tiny")]
+
+
+def default_dtypes(family, device_type):
+    """Names of the dtypes that a family is measured in by default."""
+    if device_type != "cpu":
+        return ("float16", "bfloat16", "float32") if FAMILIES[family].groups is None else ("bfloat16", "float16")
+    return ("float32",) if FAMILIES[family].groups else ("float32", "bfloat16")
+
+
+def _spatial(layer):
+    return (layer[0], layer[1], layer[1]) if len(layer) == 2 else layer
+
+
+def select(families, batches=None, dtypes=None, layouts=LAYOUTS, device_type="cpu", layers=None):
     """The cases of the given families.
 
     Args:
         families: names out of FAMILIES.
-        shapes: (C, H = W) pairs that take the place of a family's own; the tiny family has one shape only.
-        batch: N in place of a family's own.
-        dtypes: names out of DTYPES; None means all for batch_norm, float32 for group_norm.
+        batches: values of N in place of a family's own.
+        dtypes: names out of DTYPES; None means the family's default on ``device_type``.
         layouts: names out of LAYOUTS.
+        layers: (C, H = W) that take the place of a family's own; the tiny family has one shape only.
 
     Returns:
-        A list of Case, by family, dtype, layout and shape.
+        A list of Case, by family, batch size, dtype, layout and shape.
     """
-    cases = []
-    for family in families:
-        if family == "tiny":
+    selected = []
+    for name in families:
+        family = FAMILIES[name]
+        if name == "tiny":
             if "float32" in (dtypes or DTYPES) and "contiguous" in layouts:
-                cases += [Case("tiny", TINY_SHAPE, "float32", "contiguous", form=f) for f in ("functional", "module")]
+                forms = ("functional", "module")
+                selected += [Case(name, TINY_SHAPE, "float32", "contiguous", form=form) for form in forms]
             continue
-        grouped = family == "group_norm"
-        n = batch or (GROUP_NORM_BATCH if grouped else BATCH_NORM_BATCH)
-        cases += [
-            Case(family, (n, c, size, size), dtype, layout, GROUPS if grouped else None)
-            for dtype in (dtypes or (("float32",) if grouped else DTYPES))
+        own = [(layer, False) for layer in family.layers] + [(layer, True) for layer in family.residual]
+        selected += [
+            Case(name, (n, *_spatial(layer)), dtype, layout, family.groups, family.activation, residual)
+            for n in batches or family.batches
+            for dtype in dtypes or default_dtypes(name, device_type)
             for layout in layouts
-            for c, size in (shapes or (GROUP_NORM_SHAPES if grouped else BATCH_NORM_SHAPES))
+            for layer, residual in ([(layer, False) for layer in layers] if layers else own)
         ]
-    return cases
+    return selected
 
 
-def inputs(case, seed=0):
-    """(x, dy) for a case: x requires its gradient, dy has y's layout.
+def own(shapes, dtypes, layouts, groups=None, activation="relu6", residual=False):
+    """Cases of one's own shapes, (N, C, H, W) or (N, C, D, H, W)."""
+    return [
+        Case("own", tuple(shape), dtype, layout, groups, activation, residual)
+        for dtype in dtypes
+        for layout in layouts
+        for shape in shapes
+    ]
 
-    Both are seeded and of the case's shape, dtype and layout; x is about N(0.5, 2), dy N(0, 1).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
-    x, dy = (
-        torch.randn(case.shape, generator=generator).to(DTYPES[case.dtype]).contiguous(memory_format=memory_format)
-        for _ in range(2)
+
+def memory_format(case):
+    """The torch.memory_format of a case's tensors."""
+    if case.layout == "contiguous":
+        return torch.contiguous_format
+    return torch.channels_last if len(case.shape) == 4 else torch.channels_last_3d
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer is called on: x and the residual (or None) require gradients, dy has y's layout."""
+
+    x: torch.Tensor
+    dy: torch.Tensor
+    residual: torch.Tensor | None
+
+    @property
+    def arguments(self):
+        """The arguments of the layer."""
+        return (self.x,) if self.residual is None else (self.x, self.residual)
+
+    def clone(self):
+        """The same values in other memory."""
+        x, residual = (None if t is None else t.detach().clone().requires_grad_() for t in (self.x, self.residual))
+        return Inputs(x, self.dy.clone(), residual)
+
+
+def inputs(case, device="cpu", seed=0):
+    """The Inputs of a case: seeded, of its shape, dtype and layout; x is about N(0.5, 2), dy and residual N(0, 1)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x, dy, residual = (
+        torch.randn(case.shape, generator=generator, device=device)
+        .to(DTYPES[case.dtype])
+        .contiguous(memory_format=memory_format(case))
+        if wanted
+        else None
+        for wanted in (True, True, case.residual)
     )
-    return x.mul_(2).add_(0.5).requires_grad_(), dy
+    x.mul_(2).add_(0.5)
+    return Inputs(x.requires_grad_(), dy, None if residual is None else residual.requires_grad_())

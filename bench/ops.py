@@ -1,119 +1,193 @@
 """``python -m bench ops``: every provider on every case, checked first, then timed side by side."""
 
+import contextlib
+import random
 import sys
 import time
 
 import torch
 
-from . import cases, check, providers, timing
+from . import cases, check, cuda, providers, timing
+
+# Copies and sums of the case's tensors, measured in the same rounds.
+PLAIN = ("copy_fresh", "copy_mapped", "copy", "add")
 
 
-def run(selected, modes, names, seconds, rows, progress=sys.stderr):
-    """Measure cases and append their rows to ``rows`` as they are finished (so that Ctrl-C keeps them).
+def run(selected, modes, names, seconds, rows, *, device="cpu", seed=0, finished=lambda: None, progress=sys.stderr):
+    """Measure cases in shuffled order and append their rows to ``rows`` as they are finished (so that Ctrl-C keeps
+    them). What ``rows`` has already is not measured again.
 
     Args:
         selected: list of cases.Case.
-        modes: names out of cases.MODES; the tiny family is measured in "forward+backward" only.
+        modes: names out of cases.MODES; the tiny family is measured in "host" only, the others in all but that.
         names: names out of providers.PROVIDERS.
         seconds: timing budget of one case in one mode, all providers together.
         rows: list that receives one dict per provider (see ``make_rows``).
+        device: of the tensors.
+        seed: of the order of cases and of rounds, and of the numbers.
+        finished: called after each case.
         progress: text stream for one line per case, or None.
     """
+    done = {}
+    for row in rows:
+        done.setdefault(_identity(row), set()).add(row["provider"])
+    left = []
+    for case in selected:
+        taking_part = {name for name in names if providers.applies(name, case)}
+        missing = [m for m in cases.modes_of(case, modes) if not taking_part <= done.get(_identity_of(case, m), set())]
+        if missing:
+            left.append((case, missing, [name for name in names if name in taking_part]))
+    random.Random(seed).shuffle(left)
+    order = {case: index for index, case in enumerate(selected)}
     start = time.monotonic()
-    for index, case in enumerate(selected):
+    for index, (case, missing, taking_part) in enumerate(left):
         if progress is not None:
-            left = ""
+            time_left = ""
             if index:
-                minutes = (time.monotonic() - start) / index * (len(selected) - index) / 60
-                left = f"  (about {minutes:.0f} min left)" if minutes >= 1 else "  (less than 1 min left)"
-            print(f"[{index + 1}/{len(selected)}] {case}{left}", file=progress, flush=True)
-        for row in measure(case, modes, names, seconds):
-            rows.append(row)
-            if progress is not None:
+                minutes = (time.monotonic() - start) / index * (len(left) - index) / 60
+                time_left = f"  (about {minutes:.0f} min left)" if minutes >= 1 else "  (less than 1 min left)"
+            print(f"[{index + 1}/{len(left)}] {case}{time_left}", file=progress, flush=True)
+        for found in measure(case, missing, taking_part, seconds, device=device, seed=seed):
+            again = _identity(found[0]) if found else None
+            rows[:] = [row for row in rows if _identity(row) != again] + found
+            for row in found if progress is not None else ():
                 print(f"    {_progress_text(row)}", file=progress, flush=True)
+        finished()
+    rank = {
+        _identity_of(case, mode): (index, cases.MODES.index(mode)) for case, index in order.items() for mode in modes
+    }
+    rows.sort(key=lambda row: rank.get(_identity(row), (len(order), 0)))
 
 
-def measure(case, modes, names, seconds):
-    """Yield the rows of one case, mode by mode."""
+def _identity(row):
+    """What a row measures, whoever the provider."""
+    names = ("family", "shape", "dtype", "layout", "groups", "activation", "residual", "form", "mode")
+    return tuple(tuple(row[name]) if name == "shape" else row[name] for name in names)
+
+
+def _identity_of(case, mode):
+    return _identity({**_description(case), "mode": mode})
+
+
+def _description(case):
+    return {
+        "family": case.family,
+        "form": case.form,
+        "layer": case.layer,
+        "shape": list(case.shape),
+        "groups": case.groups,
+        "activation": case.activation,
+        "residual": case.residual,
+        "dtype": case.dtype,
+        "layout": case.layout,
+    }
+
+
+def measure(case, modes, names, seconds, *, device="cpu", seed=0):
+    """Yield the rows of one case, one list per mode."""
     # A provider compiles for this shape alone, and what it compiled for the last case is of no use any more.
     torch._dynamo.reset()
-    x, dy = cases.inputs(case)
+    inputs = cases.inputs(case, device, seed)
+    on_gpu = torch.device(device).type != "cpu"
+    if on_gpu:
+        rotation = cuda.Rotation(inputs)
+    checked = {}
+    for mode in modes:
+        training = mode != "eval"
+        if training not in checked:
+            checked[training] = _checked_layers(case, names, inputs, device, training)
+        layers, failures = checked[training]
+        # A copy says how near the floor a time is; a tiny case has no floor but the host's.
+        if on_gpu:
+            timers = rotation.timers(layers, mode) | ({} if mode == "host" else rotation.copies(mode))
+        else:
+            timers = timing.host_timers(layers, inputs, mode) | ({} if mode == "host" else timing.copies(inputs.x))
+        timings, broken = timing.interleave(timers, seconds, seed=seed)
+        timers = None  # what graphs keep
+        yield make_rows(case, mode, timings, {**failures, **broken})
+
+
+def _checked_layers(case, names, inputs, device, training):
+    """({provider: Layer} of those whose numbers are right, {provider: reason} of the others)."""
     layers, results, failures, parameters = {}, {}, {}, None
     for name in names:
         try:
-            layer, own = providers.PROVIDERS[name](case)
-            y = layer(x)
-            results[name] = (y.detach(), *torch.autograd.grad(y, (x, *own), dy))
-            layers[name], parameters = (layer, own), own
+            layer = providers.PROVIDERS[name](case, device, training)
+            with layer.context(), contextlib.nullcontext() if training else torch.no_grad():
+                y = layer.run(*inputs.arguments)
+                results[name] = (y.detach(),)
+                if training:
+                    results[name] += torch.autograd.grad(y, providers.wanted(inputs, layer.parameters), inputs.dy)
+            layers[name], parameters = layer, layer.parameters
+        except providers.Unavailable as why:
+            failures[name] = str(why)
         except Exception as error:
-            failures[name] = f"{type(error).__name__}: {_first_line(error)}"
+            failures[name] = timing.reason(error)
+            results.pop(name, None)
+        y = None
     if results:
-        for name, wrong in check.check(case, x, dy, parameters, results).items():
+        statistics = None if training else providers.statistics(case, device)
+        for name, wrong in check.check(case, inputs, parameters, results, statistics).items():
             if wrong is not None:
                 failures[name] = wrong
                 del layers[name]
-    y = None
-    results.clear()
-    for mode in modes:
-        if case.family == "tiny" and mode != "forward+backward":
-            continue
-        functions = {name: providers.call(*layer, x, dy, mode) for name, layer in layers.items()}
-        # A copy says how near the floor a time is; a tiny case has no floor but the host's.
-        plain = {} if case.family == "tiny" else timing.copies(x)
-        timings, broken = timing.interleave({**functions, **plain}, seconds)
-        yield from make_rows(case, mode, timings, {**failures, **broken})
-
-
-def _first_line(error):
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+    return layers, failures
 
 
 def make_rows(case, mode, timings, failures):
     """One dict per provider.
 
     Times in seconds per call, ``floor_bytes`` what any implementation must move, ``gb_per_s`` those bytes over the
-    median (1e9), ``copies`` the median as a multiple of a copy of x into mapped memory, ``ratio`` the median of every
-    other provider over this one's (above 1: this one is faster). A failed provider has ``failure`` and no figures.
+    median (1e9), ``copies`` the median as a multiple of a copy of x (into mapped memory), ``fraction`` the bandwidth
+    ``gb_per_s`` as a part of the copy's, on a GPU of what a copy reaches forward and a sum of two tensors backward.
+    ``ratio`` the median of every other provider over this one's (above 1: this one is faster). A failed provider has
+    ``failure`` and no figures.
     """
-    n, c, h, w = case.shape
-    mapped = timings.get("copy_mapped")
-    peers = {name: timing for name, timing in timings.items() if not name.startswith("copy_")}
+    copy = timings.get("copy") or timings.get("copy_mapped")
+    peers = {name: found for name, found in timings.items() if name not in PLAIN}
     rows = []
-    for name in (*providers.PROVIDERS, "copy_fresh", "copy_mapped"):
+    for name in (*providers.PROVIDERS, *PLAIN):
         if name not in timings and name not in failures:
             continue
-        row = {
-            "family": case.family,
-            "form": case.form,
-            "n": n,
-            "c": c,
-            "h": h,
-            "w": w,
-            "groups": case.groups,
-            "dtype": case.dtype,
-            "layout": case.layout,
-            "mode": mode,
-            "provider": name,
-            "failure": failures.get(name),
-        }
+        row = {**_description(case), "mode": mode, "provider": name, "failure": failures.get(name)}
         rows.append(row)
         if name not in timings:
             continue
-        own = timings[name]
-        moved = 2 * case.bytes if name.startswith("copy_") else case.floor_bytes(mode)
+        found = timings[name]
+        tensors = {"add": 3}.get(name, 2) if name in PLAIN else case.floor_tensors(mode)
+        if name in PLAIN:
+            expected = _plain_seconds(tensors, timings)
+        else:
+            expected = _expected_seconds(case, mode, timings)
         row.update(
-            median_s=own.median,
-            q25_s=own.q25,
-            q75_s=own.q75,
-            rounds=own.rounds,
-            repeats=own.repeats,
-            floor_bytes=moved,
-            gb_per_s=None if case.family == "tiny" else moved / own.median / 1e9,
-            copies=own.median / mapped.median if mapped else None,
-            ratio={peer: peers[peer].median / own.median for peer in peers if peer != name and name in peers},
+            median_s=found.median,
+            q25_s=found.q25,
+            q75_s=found.q75,
+            rounds=found.rounds,
+            repeats=found.repeats,
+            buffers=found.buffers,
+            floor_bytes=tensors * case.bytes,
+            gb_per_s=None if mode == "host" else tensors * case.bytes / found.median / 1e9,
+            copies=found.median / copy.median if copy else None,
+            fraction=expected / found.median if expected else None,
+            ratio={peer: peers[peer].median / found.median for peer in peers if peer != name and name in peers},
         )
     return rows
+
+
+def _expected_seconds(case, mode, timings):
+    """Seconds in which the floor's bytes move plainly."""
+    parts = ("forward", "backward") if mode in ("forward+backward", "host") else (mode,)
+    seconds = [_plain_seconds(case.floor_tensors(part), timings) for part in parts]
+    return None if None in seconds else sum(seconds)
+
+
+def _plain_seconds(tensors, timings):
+    """Seconds in which as many tensors move plainly: two as in a copy, more as in a sum of two where that was timed."""
+    copy, add = timings.get("copy") or timings.get("copy_mapped"), timings.get("add")
+    if add is not None and tensors > 2:
+        return add.median * tensors / 3
+    return copy.median * tensors / 2 if copy is not None else None
 
 
 def _progress_text(row):

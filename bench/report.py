@@ -14,20 +14,25 @@ import torch
 
 import normfused
 
+from .ops import PLAIN
+from .providers import PROVIDERS
+
 OURS = "normfused"
 PEERS = ("eager", "compile")
 _COLUMNS = (
-    "family form n c h w groups dtype layout mode provider "
-    "median_s q25_s q75_s rounds repeats floor_bytes gb_per_s copies"
+    "family form layer shape dtype layout mode provider "
+    "median_s q25_s q75_s rounds repeats buffers floor_bytes gb_per_s copies fraction loses_to"
 ).split()
 
 
-def environment(arguments):
+def environment(arguments, device="cpu"):
     """Where and how a run was made; ``arguments`` are those after ``python -m bench``."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "bench", *arguments]),
         "commit": _commit(),
+        "device": device,
+        "gpu": None if device == "cpu" else gpu(device),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -39,14 +44,36 @@ def environment(arguments):
     }
 
 
+def gpu(device):
+    """Name, limits and software of a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _first_line(
+            ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+        ),
+    }
+
+
+def _first_line(command, **options):
+    """The first line that a program prints; None where it cannot be run."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, **options)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip().split("\n")[0]
+
+
 def _commit():
     """The commit of the working tree, with "-dirty" where it was changed; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
+    return _first_line(command, cwd=Path(__file__).parent)
 
 
 def _cpu_model():
@@ -59,45 +86,64 @@ def _cpu_model():
     return platform.processor() or platform.machine()
 
 
-def _key(row):
-    return tuple(row[name] for name in ("family", "form", "n", "c", "h", "w", "groups", "dtype", "layout", "mode"))
+def key(row):
+    """What identifies a measurement, whoever the provider."""
+    names = ("family", "form", "layer", "shape", "dtype", "layout", "mode")
+    return tuple(tuple(row[name]) if name == "shape" else row[name] for name in names)
 
 
 def by_case(rows):
-    """{case and mode: {provider: row}}, in the order of measurement."""
+    """{case and mode: {provider: row}}, in the order of ``rows``."""
     table = {}
     for row in rows:
-        table.setdefault(_key(row), {})[row["provider"]] = row
+        table.setdefault(key(row), {})[row["provider"]] = row
     return table
+
+
+def _ran(row, provider=OURS):
+    return row["provider"] == provider and row["failure"] is None
+
+
+def geometric_mean(values):
+    """The geometric mean; None of nothing."""
+    values = list(values)
+    return math.exp(math.fsum(map(math.log, values)) / len(values)) if values else None
 
 
 def geometric_means(rows):
     """Geometric means of peer's time / normfused's per (family, form, layout, dtype, mode).
 
     Returns:
-        A list of {"family", "form", "layout", "dtype", "mode", "cases", "eager", "compile"}; a mean is None where that
-        peer was not measured.
+        A list of {"family", "form", "layout", "dtype", "mode", "cases", "fraction", one per peer}; a mean is None where
+        that peer was not measured.
     """
+    names = ("family", "form", "layout", "dtype", "mode")
     groups = {}
     for row in rows:
-        if row["provider"] == OURS and row["failure"] is None:
-            key = tuple(row[name] for name in ("family", "form", "layout", "dtype", "mode"))
-            groups.setdefault(key, []).append(row["ratio"])
+        if _ran(row):
+            groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    peers = _peers(rows)
     means = []
-    for key, ratios in groups.items():
-        mean = dict(zip(("family", "form", "layout", "dtype", "mode"), key, strict=True), cases=len(ratios))
-        for peer in PEERS:
-            logs = [math.log(ratio[peer]) for ratio in ratios if peer in ratio]
-            mean[peer] = math.exp(math.fsum(logs) / len(logs)) if logs else None
+    for values, ours in groups.items():
+        mean = dict(zip(names, values, strict=True), cases=len(ours))
+        for peer in peers:
+            mean[peer] = geometric_mean(row["ratio"][peer] for row in ours if peer in row["ratio"])
+        mean["fraction"] = geometric_mean(row["fraction"] for row in ours if row.get("fraction"))
         means.append(mean)
     return means
 
 
+def _peers(rows):
+    """Names of the other providers that took part, PEERS first."""
+    found = {row["provider"] for row in rows}
+    return [name for name in PROVIDERS if name in PEERS or (name in found and name != OURS)]
+
+
 def losing(rows):
-    """Rows of normfused that are slower than the better of eager and compile, the worst first."""
+    """Rows of normfused that are slower than the better of eager and compile: (ratio, peer, row), the worst first."""
     found = []
     for row in rows:
-        if row["provider"] == OURS and row["failure"] is None:
+        if _ran(row):
             ratios = {peer: row["ratio"][peer] for peer in PEERS if peer in row["ratio"]}
             peer = min(ratios, key=ratios.get, default=None)
             if peer is not None and ratios[peer] < 1:
@@ -119,13 +165,15 @@ def _number(value, digits=2):
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _size(row):
-    groups = "" if row["groups"] is None else f"/{row['groups']}"
-    return f"{row['n']}×{row['c']}×{row['h']}×{row['w']}{groups}"
+def size(row):
+    return "×".join(map(str, row["shape"]))
 
 
-def _label(row):
-    return f"{row['family']} {row['form']} {_size(row)} {row['dtype']} {row['layout']} {row['mode']}"
+def label(row):
+    """A measurement in one line."""
+    return " ".join(
+        [row["family"], row["form"], row["layer"], size(row), row["dtype"], row["layout"], row["mode"]],
+    )
 
 
 def table(header, lines):
@@ -139,9 +187,15 @@ def table(header, lines):
 
 def conditions(where):
     """Lines of Markdown on where and how a run was made; ``where`` is what ``environment`` returned."""
-    lines = [
-        f"`{where['command']}`, {where['date']}, commit {where['commit']}",
-        "",
+    lines = [f"`{where['command']}`, {where['date']}, commit {where['commit']}", ""]
+    card = where.get("gpu")
+    if card:
+        lines += [
+            f"{card['name']} ({card['multiprocessors']} multiprocessors, L2 {card['l2_bytes'] / 1e6:.0f} MB), driver "
+            f"and clocks {card['driver']}, CUDA {card['cuda']}, cuDNN {card['cudnn']}",
+            "",
+        ]
+    lines += [
         f"{where['cpu']}, {where['threads']} threads on {where['cores']} cores, torch {where['torch']}",
         "",
         _backend_sentence(where),
@@ -158,77 +212,158 @@ def markdown(rows, where):
     if where.get("interrupted"):
         page += ["", "**Interrupted: only what was measured until then.**"]
     page += ["", "## Geometric means", "", "Peer's time over normfused's; above 1 normfused is faster.", ""]
-    header = ["family", "form", "layout", "dtype", "mode", "cases", "eager/normfused", "compile/normfused"]
-    names = ("family", "form", "layout", "dtype", "mode", "cases")
+    page += [*means_table(rows), "", "## Losing rows", "", *losing_lines(rows)]
+    failed = failed_lines(rows)
+    page += ["", "## Failed", "", *failed] if failed else []
+    return "\n".join([*page, "", "## All rows", "", ROWS_LEGEND, "", *rows_table(rows), ""])
+
+
+def means_table(rows):
+    """geometric_means as a Markdown table."""
+    peers = _peers(rows)
+    header = ["family", "form", "layout", "dtype", "mode", "cases"]
     means = [
-        [*(mean[name] for name in names), *(_number(mean[peer]) for peer in PEERS)] for mean in geometric_means(rows)
+        [*(mean[name] for name in header), *(_number(mean[peer]) for peer in peers), _number(mean["fraction"])]
+        for mean in geometric_means(rows)
     ]
-    page += table(header, means)
+    return table([*header, *(f"{peer}/normfused" for peer in peers), "of copy"], means)
+
+
+def losing_lines(rows):
+    """What loses, as Markdown."""
     lost = losing(rows)
-    compared = sum(row["provider"] == OURS and bool(row.get("ratio")) for row in rows)
-    page += ["", "## Losing rows", "", f"Slower than the better of eager and compile: {len(lost)} of {compared}."]
-    page += [""] * bool(lost) + [f"- {_label(row)}: {peer}/normfused {ratio:.2f}" for ratio, peer, row in lost]
-    failed = [row for row in rows if row["failure"] is not None]
-    if failed:
-        page += ["", "## Failed", ""]
-        page += [f"- {row['provider']}, {_label(row)}: {row['failure']}" for row in failed]
-    page += ["", "## All rows", ""]
-    page.append(
-        "Time per call: median ± half the interquartile range. GB/s counts the bytes of the floor (2 S forward, "
-        "5 S forward+backward; S = bytes of x) and is normfused's; so are the copies: its time as a multiple of a "
-        "plain copy of x into mapped memory."
-    )
+    compared = sum(_ran(row) and bool(row["ratio"]) for row in rows)
+    lines = [f"Slower than the better of eager and compile: {len(lost)} of {compared}."]
+    return lines + [""] * bool(lost) + [f"- {label(row)}: {peer}/normfused {ratio:.2f}" for ratio, peer, row in lost]
+
+
+def failed_lines(rows):
+    """A line for each provider and reason, as Markdown."""
+    failed = {}
+    for row in rows:
+        if row["failure"] is not None:
+            failed.setdefault((row["provider"], row["failure"]), []).append(label(row))
+    lines = []
+    for (provider, why), labels in failed.items():
+        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        lines.append(f"- {provider}, {labels[0]}{more}: {why}")
+    return lines
+
+
+ROWS_LEGEND = (
+    "Time per call: median ± half the interquartile range; what loses to the better of eager and compile is bold. "
+    "GB/s counts the bytes of the floor (2 S forward, 3 S backward; S = bytes of x; a residual adds S to each) and "
+    "is normfused's; so are the copies, its time as a multiple of a plain copy of x (into mapped memory), and the "
+    "part of the bandwidth of that copy, on a GPU backward of torch.add(x, dy, out=out)."
+)
+
+
+def rows_table(rows):
+    """Every case as a line of a Markdown table."""
+    peers = _peers(rows)
+    columns = [*peers, OURS]
+    plain = [name for name in PLAIN if any(row["provider"] == name for row in rows)]
     header = [
-        *("family", "form", "N×C×H×W", "dtype", "layout", "mode", "eager", "compile", "normfused"),
-        *("eager/normfused", "compile/normfused", "GB/s", "copies", "copy, mapped", "copy, fresh"),
+        *("family", "form", "layer", "shape", "dtype", "layout", "mode"),
+        *(*columns, *(f"{peer}/normfused" for peer in peers), "GB/s", "copies", "of copy"),
+        *(name.replace("_", ", ") for name in plain),
     ]
-    page += ["", *table(header, [_line(found) for found in by_case(rows).values()]), ""]
-    return "\n".join(page)
+    slow = {key(row) for _, _, row in losing(rows)}
+    return table(header, [_line(found, peers, plain, slow) for found in by_case(rows).values()])
 
 
-def _line(found):
+def _line(found, peers, plain, slow):
     row = next(iter(found.values()))
     ours = found.get(OURS, {})
     ratio = ours.get("ratio", {})
+    emphasis = "**" if key(row) in slow else ""
     return [
-        *(row["family"], row["form"], _size(row), row["dtype"], row["layout"], row["mode"]),
-        *(_time(found.get(name)) for name in (*PEERS, OURS)),
-        *(_number(ratio.get(peer)) for peer in PEERS),
+        *(row["family"], row["form"], row["layer"], size(row), row["dtype"], row["layout"], row["mode"]),
+        *(_time(found.get(name)) for name in peers),
+        f"{emphasis}{_time(found.get(OURS))}{emphasis}",
+        *(_number(ratio.get(peer)) for peer in peers),
         _number(ours.get("gb_per_s"), 1),
         _number(ours.get("copies"), 1),
-        *(_time(found.get(name)) for name in ("copy_mapped", "copy_fresh")),
+        _number(ours.get("fraction")),
+        *(_time(found.get(name)) for name in plain),
     ]
 
 
 def _backend_sentence(where):
     info = where["normfused"]
-    backend = info["backend"].get("cpu")
+    device = where.get("device", "cpu").split(":")[0]
+    backend = info["backend"].get(device)
     if backend == "extension":
-        return f"normfused {info['version']}, C++ core for {info['extension']['instruction_set']}"
+        built = f"C++ core for {info['extension']['instruction_set']}"
+        if device == "cuda":
+            built = f"CUDA kernels for {', '.join(info['cuda']['archs'])}"
+        return f"normfused {info['version']}, {built}"
+    if backend == "triton":
+        return f"**normfused {info['version']} was served by its Triton kernels.** {info['cuda']['why_not']}"
     return (
         f"**normfused {info['version']} was served by PyTorch's own operators (backend {backend!r}): no speed-up is to "
         f"be expected.** {info['extension']['why_not']}"
     )
 
 
-def write(rows, where, folder):
-    """Write ops.md, ops.csv and ops.json into ``folder``; returns their paths."""
+def write(rows, where, folder, name="ops"):
+    """Write NAME.md, NAME.csv and NAME.json into ``folder``; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"ops.{kind}" for kind in ("md", "csv", "json")]
-    paths[0].write_text(markdown(rows, where), encoding="utf-8")
-    providers = (*PEERS, OURS)
-    with paths[1].open("w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file)
-        out.writerow([*_COLUMNS, *(f"{name}/this" for name in providers), "failure"])
-        for row in rows:
-            ratio = row.get("ratio", {})
-            out.writerow([*(row.get(c) for c in _COLUMNS), *(ratio.get(p) for p in providers), row["failure"]])
-    content = {
+    paths = [folder / f"{name}.{kind}" for kind in ("md", "csv", "json")]
+    replace(paths[0], markdown(rows, where))
+    write_csv(rows, paths[1])
+    replace(paths[2], json.dumps(content(rows, where), indent=1) + "\n")
+    return paths
+
+
+def replace(path, text):
+    """Write a file so that it is whole at every moment."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def content(rows, where):
+    """What the JSON file holds."""
+    return {
         "environment": where,
         "geometric_means": geometric_means(rows),
-        "losing": [{"row": _label(row), "peer": peer, "ratio": ratio} for ratio, peer, row in losing(rows)],
+        "losing": [{"row": label(row), "peer": peer, "ratio": ratio} for ratio, peer, row in losing(rows)],
         "rows": rows,
     }
-    paths[2].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return paths
+
+
+def write_csv(rows, path):
+    """One line for each row."""
+    lost = {key(row): peer for _, peer, row in losing(rows)}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow([*_COLUMNS, *(f"{name}/this" for name in PROVIDERS), "failure"])
+        for row in rows:
+            ratio = row.get("ratio", {})
+            loses_to = lost.get(key(row)) if row["provider"] == OURS else None
+            cells = {**row, "shape": "x".join(map(str, row["shape"])), "loses_to": loses_to}
+            out.writerow([*(cells.get(c) for c in _COLUMNS), *(ratio.get(p) for p in PROVIDERS), row["failure"]])
+
+
+def resumable(folder, where):
+    """The rows of an earlier run into ``folder``, none where there was none.
+
+    Raises:
+        ValueError: they cannot be read, or were measured elsewhere or of another commit.
+    """
+    path = Path(folder) / "ops.json"
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    same = ("commit", "device", "cpu", "threads", "torch")
+    changed = [name for name in same if earlier["environment"].get(name) != where[name]]
+    if (earlier["environment"].get("gpu") or {}).get("name") != (where["gpu"] or {}).get("name"):
+        changed.append("gpu")
+    if changed:
+        raise ValueError(f"{path} was measured under other conditions ({', '.join(changed)}): start anew without it")
+    return earlier["rows"]

@@ -1,5 +1,7 @@
 """Interleaved timing: every competitor in every round, in shuffled order: drift of the machine hits all alike."""
 
+import contextlib
+import functools
 import gc
 import math
 import random
@@ -8,6 +10,8 @@ import time
 from dataclasses import dataclass
 
 import torch
+
+from . import providers
 
 # Blocks shorter than this are repeated: the clock and the loop must not show in a microsecond figure.
 BLOCK_SECONDS = 2e-3
@@ -23,6 +27,7 @@ class Timing:
     q75: float
     rounds: int
     repeats: int
+    buffers: int = 1  # copies of the tensors that the calls rotate through
 
     @property
     def iqr(self) -> float:
@@ -30,48 +35,85 @@ class Timing:
         return self.q75 - self.q25
 
 
-def _block(function, repeats, clock):
-    """Seconds per call of ``repeats`` calls."""
-    loop = range(repeats)
-    start = clock()
-    for _ in loop:
-        function()
-    return (clock() - start) / repeats
+class HostTimer:
+    """Times ``function()`` by the host's clock, ``repeats`` calls to a block.
+
+    With a ``setup`` it is ``function(setup())``, and the setup is not timed. ``synchronize`` is called before and after
+    a block: what it waits for is not timed.
+    """
+
+    buffers = 1
+
+    def __init__(
+        self,
+        function,
+        setup=None,
+        *,
+        context=contextlib.nullcontext,
+        clock=time.perf_counter,
+        synchronize=lambda: None,
+    ):
+        self.function, self.setup, self.context = function, setup, context
+        self.clock, self.synchronize = clock, synchronize
+        self.repeats = 1
+
+    def warm_up(self):
+        """Choose ``repeats``: calls that fill BLOCK_SECONDS, found by doubling."""
+        self.block()
+        while (seconds := self.block() * self.repeats) < BLOCK_SECONDS / 2:
+            self.repeats *= 2
+        if seconds < BLOCK_SECONDS:
+            self.repeats = max(1, math.ceil(BLOCK_SECONDS / seconds * self.repeats))
+
+    def block(self):
+        """Seconds per call."""
+        with self.context():
+            self.synchronize()
+            seconds = self._calls() if self.setup is None else self._calls_after_setup()
+            self.synchronize()
+        return seconds / self.repeats
+
+    def _calls(self):
+        function, loop = self.function, range(self.repeats)
+        start = self.clock()
+        for _ in loop:
+            function()
+        return self.clock() - start
+
+    def _calls_after_setup(self):
+        seconds = 0.0
+        for _ in range(self.repeats):
+            state = self.setup()
+            start = self.clock()
+            result = self.function(state)
+            seconds += self.clock() - start
+            del state, result
+        return seconds
 
 
-def _repeats(function, clock):
-    """Calls that fill BLOCK_SECONDS, found by doubling; serves as the warm-up too."""
-    repeats = 1
-    function()
-    while (seconds := _block(function, repeats, clock) * repeats) < BLOCK_SECONDS / 2:
-        repeats *= 2
-    return max(1, math.ceil(BLOCK_SECONDS / seconds * repeats)) if seconds < BLOCK_SECONDS else repeats
-
-
-def interleave(functions, seconds, *, min_rounds=MIN_ROUNDS, seed=0, clock=time.perf_counter):
-    """Time functions against each other.
+def interleave(timers, seconds, *, min_rounds=MIN_ROUNDS, seed=0, clock=time.perf_counter):
+    """Time several things against each other.
 
     Args:
-        functions: {name: callable without arguments}.
+        timers: {name: HostTimer or what has its warm_up, block, repeats and buffers}.
         seconds: budget for all rounds together, warm-up apart; ``min_rounds`` are made whatever they take.
 
     Returns:
         ({name: Timing}, {name: reason}) of those that ran and of those that raised.
     """
-    functions = dict(functions)
-    samples, repeats, failures = {}, {}, {}
+    timers = dict(timers)
+    samples, failures = {name: [] for name in timers}, {}
 
     def attempt(name, action):
         try:
             return action()
         except Exception as error:
-            failures[name] = f"{type(error).__name__}: {error}"
-            functions.pop(name)
+            failures[name] = reason(error)
+            timers.pop(name)
             return None
 
-    for name, function in list(functions.items()):
-        repeats[name] = attempt(name, lambda function=function: _repeats(function, clock))
-        samples[name] = []
+    for name, timer in list(timers.items()):
+        attempt(name, timer.warm_up)
     order = random.Random(seed)
     enabled = gc.isenabled()
     gc.collect()
@@ -79,32 +121,55 @@ def interleave(functions, seconds, *, min_rounds=MIN_ROUNDS, seed=0, clock=time.
     try:
         end = clock() + seconds
         rounds = 0
-        while functions and (rounds < min_rounds or clock() < end):
-            names = list(functions)
+        while timers and (rounds < min_rounds or clock() < end):
+            names = list(timers)
             order.shuffle(names)
             for name in names:
-                taken = attempt(name, lambda name=name: _block(functions[name], repeats[name], clock))
-                samples[name].append(taken)
+                samples[name].append(attempt(name, timers[name].block))
             rounds += 1
     finally:
         if enabled:
             gc.enable()
-    return {name: summarise(samples[name], repeats[name]) for name in functions}, failures
+    return {name: summarise(samples[name], timer.repeats, timer.buffers) for name, timer in timers.items()}, failures
 
 
-def summarise(samples, repeats=1):
+def reason(error):
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def summarise(samples, repeats=1, buffers=1):
     """The Timing of a list of seconds per call."""
     if len(samples) == 1:
-        return Timing(samples[0], samples[0], samples[0], 1, repeats)
+        return Timing(samples[0], samples[0], samples[0], 1, repeats, buffers)
     q25, median, q75 = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(median, q25, q75, len(samples), repeats)
+    return Timing(median, q25, q75, len(samples), repeats, buffers)
+
+
+@contextlib.contextmanager
+def mode_context(layer, mode):
+    """What a layer is called in."""
+    with layer.context(), torch.no_grad() if mode == "eval" else contextlib.nullcontext():
+        yield
+
+
+def host_timers(layers, inputs, mode, synchronize=lambda: None):
+    """{name: HostTimer} of providers.Layer by name."""
+    timers = {}
+    for name, layer in layers.items():
+        setup, function = providers.call(layer, inputs, "forward+backward" if mode == "host" else mode)
+        # Nothing is entered where nothing is needed: the host's time for a call is compared to the microsecond.
+        context = functools.partial(mode_context, layer, mode)
+        timers[name] = HostTimer(function, setup, context=context, synchronize=synchronize)
+    return timers
 
 
 def copies(x):
-    """A plain copy of ``x`` into fresh and into already mapped memory, as callables to be timed like any other."""
+    """Timers of a plain copy of ``x`` into fresh and into already mapped memory."""
     source = x.detach()
     mapped = torch.empty_like(source)
     return {
-        "copy_fresh": lambda: torch.empty_like(source).copy_(source),
-        "copy_mapped": lambda: mapped.copy_(source),
+        "copy_fresh": HostTimer(lambda: torch.empty_like(source).copy_(source)),
+        "copy_mapped": HostTimer(lambda: mapped.copy_(source)),
     }

@@ -4,7 +4,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from . import backends, native
+from . import backends, native, recompute
 from .autograd import (
     BatchNormActFunction,
     GroupNormActFunction,
@@ -120,12 +120,15 @@ def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activ
         ):
             return backends.OPERATORS[backend].group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
         apply = GroupNormActFunction.apply if compiling else group_norm_act_eager
-        return apply(input, weight, bias, (num_groups, eps, activation, backend))
+        y = apply(input, weight, bias, (num_groups, eps, activation, backend))
     except (RuntimeError, AttributeError):
         # Something is wrong: say it with the type of exception that PyTorch has for it.
         _raise(_not_tensors("group_norm_act", weight=weight, bias=bias))
         _raise(_group_norm_error(input, num_groups, activation))
         raise
+    if recompute.local.depth and recompute.is_on():
+        recompute.remember_group_norm(y, input, weight, bias, num_groups, eps, activation, backend)
+    return y
 
 
 def _batch_norm_act(
@@ -156,6 +159,11 @@ def _batch_norm_act(
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(1)
             raise error
+    if training and not compiling and recompute.in_backward():
+        # torch.utils.checkpoint runs this forward again: its batch is in the running statistics already.
+        num_batches_tracked, momentum = None, 0.0
+        if not by_torch:
+            running_mean = running_var = None
     if by_torch:
         return native.batch_norm_act(
             input,
@@ -171,9 +179,10 @@ def _batch_norm_act(
             residual,
             pre_activation,
         )
-    if pre_activation is not None:
-        input = native.activate(input, pre_activation)
-    arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)
+    operators = backends.OPERATORS[backend]
+    if pre_activation is not None and input.device.type not in operators.FUSES_PRE_ACTIVATION:
+        input, pre_activation = native.activate(input, pre_activation), None
+    arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, pre_activation)
     try:
         grad_enabled = torch.is_grad_enabled()
         if grad_enabled and running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
@@ -187,7 +196,7 @@ def _batch_norm_act(
                 or (residual is not None and residual.requires_grad)
             )
         ):
-            y = backends.OPERATORS[backend].batch_norm_act(input, weight, bias, residual, *arguments, None)[0]
+            y = operators.batch_norm_act(input, weight, bias, residual, *arguments)[0]
         else:
             if compiling and residual is input:
                 # torch.compile takes no tensor for two arguments.
@@ -198,13 +207,18 @@ def _batch_norm_act(
             # What autograd saved of them before is no longer what it was (native says nothing: #73050).
             written = (running_mean, running_var, num_batches_tracked)
             increment_version([t for t in written if t is not None])
-        return y
     except (RuntimeError, AttributeError):
         # Something is wrong: say it with the type of exception that PyTorch has for it.
         tensors = {"weight": weight, "bias": bias, "residual": residual}
         _raise(_not_tensors("batch_norm_act", running_mean=running_mean, running_var=running_var, **tensors))
         _raise(_batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, None))
         raise
+    if y.requires_grad and recompute.local.depth and recompute.is_on():
+        statistics = y.grad_fn.statistics
+        recompute.remember_batch_norm(
+            y, input, weight, bias, residual, *statistics, activation, pre_activation, backend
+        )
+    return y
 
 
 def _is_transformed():

@@ -1,8 +1,10 @@
 """The backends that every test runs on."""
 
+import contextlib
 import itertools
 import os
 import zlib
+from unittest import mock
 
 import pytest
 import torch
@@ -11,14 +13,30 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated_operators
+
 import normfused
 from normfused import backends
 
-# Why a backend cannot run on this machine (None: it can), by name.
+# Why a backend cannot run on this machine (None: it can), by name. "emulated": the CUDA operators, by the emulator.
 WHY_NOT = {
     "extension": normfused.info()["extension"]["why_not"],
+    "emulated": emulated_operators.why_not(),
     "triton": backends._why_not_triton("cpu"),
     "torch": None,
+}
+# The same for tensors on a GPU.
+_NO_GPU = None if torch.cuda.is_available() else "there is no GPU here"
+WHY_NOT_CUDA = {
+    "extension": _NO_GPU or normfused.info()["cuda"]["why_not"],
+    "triton": _NO_GPU or backends._why_not_triton("cuda"),
+}
+
+# Markers of tests that run only when asked for.
+SLOW = {
+    "nvcc": "minutes of compiling for a GPU",
+    "cuda_build": "looks at what make cuda has built",
+    "large": "gigabytes of memory",
 }
 
 
@@ -26,8 +44,8 @@ def pytest_configure(config):
     # For small tensors a second thread costs more than it helps; on a busy machine ten times more. Tests of
     # threads choose their own number.
     torch.set_num_threads(1)
-    config.addinivalue_line("markers", "nvcc: minutes of compiling for a GPU; runs with -m nvcc only")
-    config.addinivalue_line("markers", "large: gigabytes of memory; runs with -m large only")
+    for name, meaning in SLOW.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}; runs with -m {name} only")
     config.addinivalue_line(
         "markers",
         "stricter_than_native(reason): the pinned behaviour goes beyond PyTorch's own, so the backend "
@@ -42,26 +60,30 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    for marker, why in (("nvcc", "minutes of compiling"), ("large", "gigabytes of memory")):
-        if marker not in config.getoption("markexpr"):
+    for name, meaning in SLOW.items():
+        if name not in config.getoption("markexpr"):
             for item in items:
-                if item.get_closest_marker(marker):
-                    item.add_marker(pytest.mark.skip(reason=f"{why}: pytest -m {marker}"))
-    _choose_for_the_interpreter(config, items)
+                if item.get_closest_marker(name):
+                    item.add_marker(pytest.mark.skip(reason=f"{meaning}: pytest -m {name}"))
+    for item in items if _NO_GPU else ():
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=_NO_GPU))
+    slow = {"emulated"}
+    if WHY_NOT["triton"] is None and backends.OPERATORS["triton"].INTERPRETED:
+        slow.add("triton")
+    _choose_for_interpreters(config, items, slow)
 
 
-def _choose_for_the_interpreter(config, items):
-    """The interpreter takes milliseconds for what a kernel does in microseconds: of each test's parametrisations it
-    runs those in which two parameters have values that they did not have together before."""
-    if WHY_NOT["triton"] is not None or not backends.OPERATORS["triton"].INTERPRETED:
-        return
+def _choose_for_interpreters(config, items, backend_names):
+    """They take milliseconds for what a kernel does in microseconds: of each test's parametrisations they run those in
+    which two parameters have values that they did not have together before."""
     chosen, seen = set(), {}
     # In an order that only looks random, so that the parameters do not change one at a time.
     for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
-        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "triton":
+        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") not in backend_names:
             chosen.add(item)
             continue
-        values = seen.setdefault((item.path, item.originalname), set())
+        values = seen.setdefault((item.path, item.originalname, item.callspec.params["backend"]), set())
         parameters = sorted((name, repr(value)) for name, value in item.callspec.params.items())
         new = set(itertools.combinations_with_replacement(parameters, 2)) - values
         if new:
@@ -71,14 +93,29 @@ def _choose_for_the_interpreter(config, items):
     items[:] = [item for item in items if item in chosen]
 
 
-@pytest.fixture(params=backends.BACKENDS)
+# Where there is a GPU, ours once more on it.
+_ON_GPU = () if _NO_GPU else tuple(pytest.param(f"{name} on cuda", marks=pytest.mark.cuda) for name in WHY_NOT_CUDA)
+
+
+@pytest.fixture(params=(*WHY_NOT, *_ON_GPU))
 def backend(request):
-    """Runs the test with every fused layer served by one backend; the name of it."""
-    name = request.param
-    if WHY_NOT[name] is not None:
-        pytest.skip(WHY_NOT[name])
+    """Runs the test with every fused layer served by one backend, on a GPU with tensors there; the name of it."""
+    name, _, device = request.param.partition(" on ")
+    why_not = (WHY_NOT_CUDA if device else WHY_NOT)[name]
+    if why_not is not None:
+        pytest.skip(why_not)
     stricter = request.node.get_closest_marker("stricter_than_native")
     if stricter is not None and name == "torch":
         pytest.skip(f"stricter than PyTorch's own operators: {stricter.args[0]}")
-    with normfused.use_backend(name):
+    with contextlib.ExitStack() as stack:
+        if device:
+            stack.enter_context(torch.device(device))
+            # Convolutions around the layers give the same numbers each time.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
+        if name == "emulated":
+            # Not a name that use_backend knows.
+            backends.OPERATORS[name] = emulated_operators.operators()
+            stack.enter_context(mock.patch.object(backends, "_override", name))
+        else:
+            stack.enter_context(normfused.use_backend(name))
         yield name

@@ -43,9 +43,10 @@ def names(values):
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
-    """Normal numbers that depend on the seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    """Normal numbers that depend on the seed alone, on whatever device is the default."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return numbers.to(torch.get_default_device(), dtype)
 
 
 def _channels_last(t):

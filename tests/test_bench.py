@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -33,8 +35,9 @@ def test_every_case_is_measured_in_every_layout_dtype_and_mode(small_run):
     assert status == 0
     ours = [row for row in content["rows"] if row["provider"] == "normfused"]
     assert [row["failure"] for row in content["rows"]] == [None] * len(content["rows"])
-    keys = {(row["c"], row["h"], row["layout"], row["dtype"], row["mode"]) for row in ours}
+    keys = {(tuple(row["shape"]), row["layout"], row["dtype"], row["mode"]) for row in ours}
     assert len(ours) == len(keys) == 2 * 2 * 2 * 2
+    assert {row["mode"] for row in ours} == {"forward", "forward+backward"}
     assert {row["provider"] for row in content["rows"]} == {"eager", "normfused", "copy_fresh", "copy_mapped"}
 
 
@@ -46,6 +49,7 @@ def test_ratios_bandwidths_and_copies_follow_from_the_medians(small_run):
         assert eager["ratio"] == {"normfused": pytest.approx(ours["median_s"] / eager["median_s"])}
         assert ours["copies"] == pytest.approx(ours["median_s"] / mapped["median_s"])
         assert ours["gb_per_s"] == pytest.approx(ours["floor_bytes"] / ours["median_s"] / 1e9)
+        assert ours["fraction"] == pytest.approx(ours["gb_per_s"] / mapped["gb_per_s"])
         assert ours["q25_s"] <= ours["median_s"] <= ours["q75_s"]
         assert ours["rounds"] >= 5
 
@@ -55,6 +59,8 @@ def test_geometric_means_and_losing_rows_follow_from_the_ratios(small_run):
     ours = [row for row in content["rows"] if row["provider"] == "normfused"]
     for mean in content["geometric_means"]:
         same = ("layout", "dtype", "mode")
+        fractions = [row["fraction"] for row in ours if all(row[name] == mean[name] for name in same)]
+        assert mean["fraction"] == pytest.approx(math.sqrt(fractions[0] * fractions[1]))
         ratios = [row["ratio"]["eager"] for row in ours if all(row[name] == mean[name] for name in same)]
         assert mean["cases"] == len(ratios) == 2
         assert mean["eager"] == pytest.approx(math.sqrt(ratios[0] * ratios[1]))
@@ -71,6 +77,8 @@ def test_the_three_files_say_the_same(small_run):
     assert f"{len(content['losing'])} of 16" in page
     assert content["environment"]["command"] in page
     assert content["environment"]["torch"] == torch.__version__
+    lost = [(line["family"], line["shape"], line["loses_to"]) for line in lines if line["loses_to"]]
+    assert len(lost) == len(content["losing"]) == page.count("| **")
 
 
 def test_the_better_peer_decides_what_is_lost():
@@ -87,13 +95,20 @@ def test_the_better_peer_decides_what_is_lost():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ops", "--shape", "96"], "expected C,HW"),
-        (["ops", "--shape", "0,7"], "expected C,HW"),
+        (["ops", "--shape", "96"], "or C,HW such as 96,56, got '96'"),
+        (["ops", "--shape", "0,7"], "or C,HW such as 96,56, got '0,7'"),
+        (["ops", "--shape", "1,2,3"], "expected N,C,H,W"),
+        (["ops", "--shape", "1,2,3,4", "96,56"], "--shape N,C,H,W does not go with --shape C,HW"),
+        (["ops", "--shape", "1,2,3,4", "--batch", "8"], "does not go with"),
+        (["ops", "--shape", "1,6,3,4", "--groups", "4"], "6 channels do not divide into 4 groups"),
+        (["ops", "--shape", "1,6,3,4", "--groups", "3", "--residual"], "--residual is BatchNorm's"),
+        (["ops", "--groups", "4"], "need --shape N,C,H,W"),
+        (["compare", "no/such/file", "neither"], "is not a file that `python -m bench ops` wrote"),
         (["ops", "--batch", "-1"], "expected a positive number"),
         (["ops", "--seconds", "nan"], "expected a positive number"),
         (["ops", "--providers", "cudnn"], "invalid choice: 'cudnn'"),
         (["ops", "--dtype", "float8"], "invalid choice: 'float8'"),
-        (["ops", "--family", "tiny", "--shape", "8,8"], "--shape needs --family batch_norm or group_norm"),
+        (["ops", "--family", "tiny", "--shape", "8,8"], "--shape C,HW needs families of such shapes"),
         (["ops", "--family", "tiny", "--batch", "8"], "--batch does not apply to the tiny family"),
         (["ops", "--family", "tiny", "--mode", "forward"], "no case is left"),
         (["ops", "--family", "group_norm", "--shape", "48,8"], "48 channels do not divide into 32 groups"),
@@ -109,7 +124,7 @@ def test_wrong_arguments_end_with_a_message(arguments, message, capsys):
 
 
 def test_a_provider_that_raises_becomes_a_row(tmp_path, monkeypatch):
-    def broken(case):
+    def broken(case, device, training):
         raise OSError("no such device")
 
     monkeypatch.setitem(providers.PROVIDERS, "compile", broken)
@@ -122,9 +137,9 @@ def test_a_provider_that_raises_becomes_a_row(tmp_path, monkeypatch):
 
 
 def test_a_provider_with_wrong_numbers_becomes_a_row(tmp_path, monkeypatch):
-    def wrong(case):
-        layer, parameters = providers.eager(case)
-        return (lambda x: layer(x) * 1.01), parameters
+    def wrong(case, device, training):
+        layer = providers.eager(case, device, training)
+        return providers.Layer(lambda x: layer.run(x) * 1.01, layer.parameters)
 
     monkeypatch.setitem(providers.PROVIDERS, "compile", wrong)
     _, content = run_ops(tmp_path, "--shape", "4,3", "--batch", "2", "--dtype", "float32", "--mode", "forward")
@@ -133,35 +148,116 @@ def test_a_provider_with_wrong_numbers_becomes_a_row(tmp_path, monkeypatch):
     assert all("y: " in failure and "elements wrong" in failure for failure in failures)
 
 
-def test_interruption_keeps_what_was_measured(tmp_path, monkeypatch):
-    measure = ops.measure
+def test_interruption_keeps_what_was_measured_and_resuming_measures_the_rest(tmp_path, monkeypatch):
+    measure, begun = ops.measure, []
 
-    def interrupted(case, *rest):
-        if case.shape[1] == 5:
+    def interrupted(case, *rest, **options):
+        begun.append(case)
+        if len(begun) == 2:
             raise KeyboardInterrupt
-        yield from measure(case, *rest)
+        yield from measure(case, *rest, **options)
 
     monkeypatch.setattr(ops, "measure", interrupted)
     small = ("--batch", "2", "--dtype", "float32", "--layout", "contiguous", "--providers", "eager", "normfused")
-    status, content = run_ops(tmp_path, "--shape", "4,3", "5,3", *small)
+    status, content = run_ops(tmp_path, "--shape", "4,3", "5,3", "6,3", *small)
     assert status == 130
-    assert {row["c"] for row in content["rows"]} == {4}
+    first = {tuple(row["shape"]) for row in content["rows"]}
+    assert first == {begun[0].shape}
     assert "Interrupted" in (tmp_path / "ops.md").read_text()
+
+    status, resumed = run_ops(tmp_path, "--shape", "4,3", "5,3", "6,3", *small, "--resume")
+    assert status == 0
+    assert {case.shape for case in begun[2:]} == {(2, c, 3, 3) for c in (4, 5, 6)} - first
+    assert [row["shape"][1] for row in resumed["rows"] if row["provider"] == "normfused"] == [4, 4, 5, 5, 6, 6]
+    assert all(row in resumed["rows"] for row in content["rows"])
+
+
+def test_resuming_elsewhere_is_refused(tmp_path, capsys):
+    arguments = ("--family", "tiny", "--providers", "eager")
+    _, content = run_ops(tmp_path, *arguments)
+    content["environment"]["torch"] = "2.0"
+    (tmp_path / "ops.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as ended:
+        run_ops(tmp_path, *arguments, "--resume")
+    assert ended.value.code == 2
+    assert "measured under other conditions (torch)" in capsys.readouterr().err
+
+
+def test_a_layer_of_ones_own_in_every_mode(tmp_path):
+    modes = ("forward", "eval", "backward", "forward+backward")
+    arguments = ("--residual", "--activation", "relu", "--dtype", "fp16", "bf16", "--providers", "eager", "normfused")
+    _, content = run_ops(tmp_path, "--shape", "3,6,7,7", "2,3,4,5,6", *arguments, "--mode", *modes)
+    ours = [row for row in content["rows"] if row["provider"] == "normfused"]
+    assert [row["failure"] for row in content["rows"]] == [None] * len(content["rows"])
+    assert len(ours) == 2 * 2 * 2 * 4
+    assert {row["layer"] for row in ours} == {"BatchNorm + residual + relu"}
+    tensors = {row["mode"]: row["floor_bytes"] // (3 * 6 * 7 * 7 * 2) for row in ours if row["shape"] == [3, 6, 7, 7]}
+    assert tensors == {"forward": 3, "eval": 3, "backward": 4, "forward+backward": 7}
+
+
+def test_group_norm_of_ones_own_and_providers_that_are_not_here(tmp_path):
+    arguments = ("--groups", "3", "--activation", "silu", "--layout", "channels_last", "--mode", "eval", "backward")
+    asked = ("eager", "triton", "liger", "inplace_abn", "normfused")
+    _, content = run_ops(tmp_path, "--shape", "2,6,5,5", *arguments, "--providers", *asked)
+    failures = {row["provider"]: row["failure"] for row in content["rows"]}
+    assert failures.pop("triton").startswith("not on this device: ")
+    assert failures.pop("liger").startswith("liger_kernel does not import")
+    assert failures == {"eager": None, "normfused": None, "copy_fresh": None, "copy_mapped": None}
+    page = (tmp_path / "ops.md").read_text()
+    assert page.count("not on this device") == 1  # one line for both modes
+    assert "GroupNorm/3 + silu" in page
+
+
+@pytest.mark.parametrize("name", ["liger", "inplace_abn", "apex"])
+def test_a_peer_that_is_installed(name, monkeypatch):
+    class Norm(torch.nn.GroupNorm):
+        def __init__(self, *sizes, eps, **options):
+            channels = sizes[1] if name == "apex" else sizes[0]
+            super().__init__(channels if name == "inplace_abn" else 3, channels, eps=eps)
+            self.register_buffer("running_mean", torch.zeros(channels))
+            self.register_buffer("running_var", torch.ones(channels))
+
+    package = types.ModuleType(name)
+    package.LigerGroupNorm = package.InPlaceABN = package.GroupNorm = Norm
+    modules = {"liger": "liger_kernel.transformers.group_norm", "apex": "apex.contrib.group_norm"}
+    monkeypatch.setitem(sys.modules, modules.get(name, name), package)
+    groups = None if name == "inplace_abn" else 3
+    case = cases.Case("own", (2, 6, 5, 5), "float32", "channels_last", groups, "relu6" if groups is None else None)
+    assert providers.applies(name, case)
+    layer = providers.PROVIDERS[name](case, "cpu", True)
+    x = cases.inputs(case).x
+    expected = torch.nn.functional.group_norm(x, groups or 6, *layer.parameters, providers.EPS)
+    torch.testing.assert_close(layer.run(x), expected.clamp(0, 6) if groups is None else expected)
 
 
 @pytest.mark.parametrize(("name", "index", "where"), [("y", 0, 5), ("dx", 1, 7), ("dweight", 2, 1), ("dbias", 3, 2)])
-@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize(
+    ("groups", "activation", "residual"),
+    [(None, "relu6", False), (None, "relu", True), (2, None, False), (2, "silu", False)],
+)
 @pytest.mark.parametrize("value", [1e3, math.nan])
-def test_the_check_finds_one_wrong_element(name, index, where, groups, value):
-    case = cases.Case("group_norm" if groups else "batch_norm", (2, 4, 5, 5), "float32", "channels_last", groups)
-    x, dy = cases.inputs(case)
-    layer, parameters = providers.eager(case)
-    y = layer(x)
-    result = [y.detach().clone(), *torch.autograd.grad(y, (x, *parameters), dy)]
-    assert check.check(case, x, dy, parameters, {"eager": result}) == {"eager": None}
+def test_the_check_finds_one_wrong_element(name, index, where, groups, activation, residual, value):
+    case = cases.Case("own", (2, 4, 5, 5), "float32", "channels_last", groups, activation, residual)
+    inputs = cases.inputs(case)
+    layer = providers.eager(case, "cpu", True)
+    y = layer.run(*inputs.arguments)
+    gradients = torch.autograd.grad(y, providers.wanted(inputs, layer.parameters), inputs.dy)
+    result = [y.detach().clone(), *(gradient.clone() for gradient in gradients)]
+    assert check.check(case, inputs, layer.parameters, {"eager": result}) == {"eager": None}
     flat = result[index].permute(0, 2, 3, 1).reshape(-1) if result[index].dim() == 4 else result[index]
     flat[where] = value
-    assert check.check(case, x, dy, parameters, {"eager": result})["eager"].startswith(f"{name}: 1 of ")
+    assert check.check(case, inputs, layer.parameters, {"eager": result})["eager"].startswith(f"{name}: 1 of ")
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_the_check_of_evaluation_uses_the_running_statistics(groups):
+    case = cases.Case("own", (2, 4, 5, 5), "float32", "contiguous", groups)
+    inputs, statistics = cases.inputs(case), providers.statistics(case, "cpu")
+    layer = providers.eager(case, "cpu", False)
+    y = layer.run(inputs.x).detach()
+    assert check.check(case, inputs, layer.parameters, {"eager": (y,)}, statistics) == {"eager": None}
+    y.view(-1)[7] += 1e-2
+    assert check.check(case, inputs, layer.parameters, {"eager": (y,)}, statistics)["eager"].startswith("y: 1 of ")
 
 
 def test_floor_bytes():
@@ -177,18 +273,30 @@ def test_cases_cover_the_table():
     assert len(cases.select(["batch_norm"])) == 12 * 2 * 2
     assert len(cases.select(["group_norm"])) == 3 * 2
     assert [case.form for case in cases.select(["tiny"])] == ["functional", "module"]
-    assert len(set(cases.select())) == 48 + 6 + 2
+    assert len(set(cases.select(cases.DEFAULT_FAMILIES["cpu"]))) == 48 + 6 + 2
+    on_gpu = set(cases.select(["batch_norm"], batches=(32, 128, 256), device_type="cuda"))
+    assert len(on_gpu) == 12 * 3 * 3 * 2
+    diffusion = {case.shape for case in cases.select(["diffusion"], device_type="cuda")}
+    assert {(2, 320, 64, 64), (16, 1280, 8, 8)} <= diffusion
+    assert {case.shape for case in cases.select(["video"], device_type="cuda")} == {(1, 128, 20, 256, 256)}
+    assert sum(case.residual for case in cases.select(["resnet50"], dtypes=["float32"], layouts=["contiguous"])) == 4
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_inputs_have_the_case_layout(layout):
-    x, dy = cases.inputs(cases.Case("batch_norm", (2, 3, 4, 5), "bfloat16", layout))
-    for tensor in (x, dy):
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4, 5, 2)])
+def test_inputs_have_the_case_layout(layout, shape):
+    case = cases.Case("own", shape, "bfloat16", layout, residual=True)
+    inputs = cases.inputs(case)
+    twin = inputs.clone()
+    for name in ("x", "dy", "residual"):
+        tensor, other = getattr(inputs, name), getattr(twin, name)
         assert tensor.dtype == torch.bfloat16
-        expected = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-        assert tensor.is_contiguous(memory_format=expected)
-    assert x.requires_grad
-    assert not dy.requires_grad
+        assert tensor.is_contiguous(memory_format=cases.memory_format(case))
+        assert tensor.requires_grad == (name != "dy")
+        assert torch.equal(other, tensor)
+        assert other.stride() == tensor.stride()
+        assert other.requires_grad == tensor.requires_grad
+        assert other.data_ptr() != tensor.data_ptr()
 
 
 def test_interleaved_timing_with_a_known_clock():
@@ -202,11 +310,15 @@ def test_interleaved_timing_with_a_known_clock():
         return function
 
     functions = {"slow": takes(0.5), "fast": takes(1e-4), "broken": lambda: 1 / 0}
-    timings, failures = timing.interleave(functions, 3.0, clock=lambda: now)
+    timers = {name: timing.HostTimer(function, clock=lambda: now) for name, function in functions.items()}
+    # Of these calls only what comes after the setup counts.
+    timers["half"] = timing.HostTimer(lambda _: takes(0.25)(), takes(0.25), clock=lambda: now)
+    timings, failures = timing.interleave(timers, 6.0, clock=lambda: now)
     assert timings["slow"].median == pytest.approx(0.5)
     assert timings["fast"].median == pytest.approx(1e-4)
     assert timings["slow"].repeats == 1
     assert timings["fast"].repeats >= 20
+    assert timings["half"].median == pytest.approx(0.25)
     assert timings["slow"].rounds == timings["fast"].rounds == 6
     assert failures == {"broken": "ZeroDivisionError: division by zero"}
 
@@ -299,7 +411,11 @@ def test_share_of_normalisation():
     x = torch.randn(16, 16, 32, 32, requires_grad=True)
     layer = torch.nn.Sequential(torch.nn.BatchNorm2d(16), torch.nn.ReLU6())
     assert training.normalisation_share(lambda: x.sigmoid().sum().backward()) == 0
-    assert 0.5 < training.normalisation_share(lambda: layer(x).backward(torch.ones_like(x))) <= 1
+    shares = []
+    while not shares or (max(shares) < 0.5 and len(shares) < 10):  # other programs take their share of the machine
+        shares.append(training.normalisation_share(lambda: layer(x).backward(torch.ones_like(x))))
+    assert all(0 < share <= 1 for share in shares)
+    assert max(shares) > 0.5
 
 
 def test_a_short_demo(tmp_path, capsys):

@@ -11,7 +11,7 @@ from helpers import ACTIVATIONS, activate, assert_same, names, randn, training_o
 from torch import nn
 
 import normfused
-from normfused import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
+from normfused import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct, backends
 
 # (ours, native's, constructor arguments, input shape).
 LAYERS = (
@@ -73,7 +73,7 @@ def test_batch_norm_constructors(backend, ours, native, arguments, shape):
         ((6,), {"eps": 0.5, "momentum": 0.7, "affine": True, "track_running_stats": False}),
         ((), {"num_features": 6, "affine": False}),
         ((6,), {"bias": False}),
-        ((6, 1e-3), {"dtype": torch.float64, "device": "cpu"}),
+        ((6, 1e-3), {"dtype": torch.float64, "device": torch.get_default_device()}),
     ):
         fused, plain = ours(*args, **kwargs, activation="silu"), native(*args, **kwargs)
         assert list(fused.state_dict()) == list(plain.state_dict())
@@ -88,7 +88,7 @@ def test_group_norm_constructors(backend):
         ((3, 6, 0.01, False), {}),
         ((), {"num_groups": 2, "num_channels": 6, "eps": 0.5}),
         ((3, 6), {"bias": False}),
-        ((1, 6), {"dtype": torch.float64, "device": "cpu"}),
+        ((1, 6), {"dtype": torch.float64, "device": torch.get_default_device()}),
     ):
         fused, plain = GroupNormAct(*args, **kwargs, activation="relu6"), nn.GroupNorm(*args, **kwargs)
         assert list(fused.state_dict()) == list(plain.state_dict())
@@ -160,7 +160,7 @@ def test_meta_device(backend, ours, native, arguments, shape):
         y = module(torch.empty(shape, device="meta"))
         assert y.is_meta
         assert y.shape == shape
-        module = module if assign else module.to_empty(device="cpu")
+        module = module if assign else module.to_empty(device=torch.get_default_device())
         module.load_state_dict(copy.deepcopy(state), assign=assign)
         plain.load_state_dict(copy.deepcopy(state))
         assert_modules_agree(module, plain, shape)
@@ -230,6 +230,14 @@ def test_activation_before_the_norm(backend, training, activation, pre_activatio
     (dx,), (native_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(native_y, x, dy)
     assert_same(dx, native_dx, "dx")
     assert_same(module.running_var, plain.running_var, "running_var")
+
+
+def test_an_activation_before_the_norm_is_in_the_kernel_where_that_has_it(backend):
+    fuses = getattr(backends.OPERATORS.get(backend), "FUSES_PRE_ACTIVATION", ())
+    x = randn(4, 6, 5, 3).requires_grad_()
+    y = BatchNormAct2d(6, pre_activation="silu")(x)
+    from_x = y.grad_fn.next_functions[0][0]
+    assert (type(from_x).__name__ == "AccumulateGrad") == ("cpu" in fuses)
 
 
 class Net(nn.Module):

@@ -35,6 +35,11 @@ activations = pytest.mark.parametrize("activation", [None, "relu6"])
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=names)
 
 
+def device():
+    """Where the fixture ``backend`` has tensors made."""
+    return str(torch.get_default_device())
+
+
 def gradients(y, dy, tensors):
     """The gradient of every tensor that wants one."""
     wanted = [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -87,7 +92,7 @@ def test_op_samples(backend, op_name, activation, dtype, noncontiguous):
     ours, native = FUNCTIONS[op_name]
     count = 0
     torch.manual_seed(0)
-    for sample in OPS[op_name].sample_inputs("cpu", dtype, requires_grad=True):
+    for sample in OPS[op_name].sample_inputs(device(), dtype, requires_grad=True):
         if noncontiguous:
             sample = sample.noncontiguous()
         compare(ours, native, activation, ((sample.input, *sample.args), dict(sample.kwargs)))
@@ -101,7 +106,7 @@ def test_op_samples_without_gradients(backend, op_name, activation):
     ours, native = FUNCTIONS[op_name]
     count = 0
     torch.manual_seed(0)
-    for sample in OPS[op_name].sample_inputs("cpu", torch.float32, requires_grad=False):
+    for sample in OPS[op_name].sample_inputs(device(), torch.float32, requires_grad=False):
         args, our_args = (sample.input, *sample.args), copy.deepcopy((sample.input, *sample.args))
         native_y = activate(native(*args, **sample.kwargs), activation)
         assert_same(ours(*our_args, **sample.kwargs, activation=activation), native_y, "y")
@@ -116,7 +121,7 @@ def test_op_samples_without_gradients(backend, op_name, activation):
 def test_op_error_inputs(backend, activation):
     op = OPS["nn.functional.group_norm"]
     torch.manual_seed(0)
-    errors = list(op.error_inputs("cpu"))
+    errors = list(op.error_inputs(device()))
     assert len(errors) >= 2
     for error in errors:
         sample = error.sample_input
@@ -147,7 +152,7 @@ def module_pair(module_cls, constructor_input, activation, dtype, training):
 def test_module_inputs(backend, module_cls, activation, dtype, training):
     info = MODULES[module_cls]
     torch.manual_seed(0)
-    inputs = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
+    inputs = info.module_inputs_func(info, device=device(), dtype=dtype, requires_grad=True, training=training)
     assert len(inputs) >= 6
     for module_input in inputs:
         native, ours = module_pair(module_cls, module_input.constructor_input, activation, dtype, training)
@@ -169,7 +174,9 @@ def test_module_inputs(backend, module_cls, activation, dtype, training):
 @pytest.mark.parametrize("module_cls", FUSED, ids=lambda module: module.__name__)
 def test_module_error_inputs(backend, module_cls):
     info = MODULES[module_cls]
-    errors = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
+    errors = info.module_error_inputs_func(
+        info, device=device(), dtype=torch.float32, requires_grad=False, training=True
+    )
     assert len(errors) >= 2
     for error in errors:
         constructor_input = error.module_error_input.constructor_input
