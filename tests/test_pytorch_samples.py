@@ -9,10 +9,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FLOATS, activate, assert_same, away_from_kinks, names, randn
+from helpers import FLOATS, activate, assert_same, away_from_kinks, in_layout, layouts, names, randn
 from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+from torch.testing._internal.common_utils import noncontiguous_like
 
 import normfused
 from normfused.functional import batch_norm_act, group_norm_act
@@ -97,6 +98,7 @@ def test_op_samples(backend, op_name, activation, dtype, noncontiguous):
             sample = sample.noncontiguous()
         compare(ours, native, activation, ((sample.input, *sample.args), dict(sample.kwargs)))
         count += 1
+    record_property("cases", count)
     assert count >= 10
 
 
@@ -149,15 +151,21 @@ def module_pair(module_cls, constructor_input, activation, dtype, training):
 @activations
 @dtypes
 @pytest.mark.parametrize("training", [True, False], ids=("train", "eval"))
-def test_module_inputs(backend, module_cls, activation, dtype, training):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_module_inputs(backend, module_cls, activation, dtype, training, layout, record_property):
     info = MODULES[module_cls]
     torch.manual_seed(0)
     inputs = info.module_inputs_func(info, device=device(), dtype=dtype, requires_grad=True, training=training)
     assert len(inputs) >= 6
+    record_property("cases", len(inputs))
     for module_input in inputs:
         native, ours = module_pair(module_cls, module_input.constructor_input, activation, dtype, training)
         forward_input = module_input.forward_input
-        args, our_args = forward_input.args, copy.deepcopy(forward_input.args)
+        x = forward_input.args[0]
+        if layout == "noncontiguous":
+            x = noncontiguous_like(x).detach().requires_grad_(x.requires_grad)
+        args = laid_out(x, layout), *forward_input.args[1:]
+        our_args = copy.deepcopy(args)
         native_z = native(*args)
         native_y = activate(native_z, activation)
         y = ours(*our_args)

@@ -113,7 +113,11 @@ def constraints():
 def requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
-    texts = [*project["build-system"]["requires"], *project["project"]["dependencies"], *(text for extra in extras.values() for text in extra)]
+    texts = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *(text for extra in extras.values() for text in extra),
+    ]
     return {re.match(r"[\w.-]+", text)[0].lower() for text in texts}
 
 
