@@ -1,7 +1,8 @@
-"""A pytest plugin: ``python -m pytest -p tests.conformance`` runs the tests of what a drop-in replacement promises, counts
-them by check and backend, and writes docs/conformance.md and docs/accuracy.md. Every number comes from the run.
+"""A pytest plugin that counts, by check and backend, what the tests of a drop-in replacement's promises prove.
 
-Tests marked stricter_than_native run on PyTorch's own operators too, and are expected to fail there.
+``python -m pytest -p tests.conformance`` runs them and writes docs/conformance.md and docs/accuracy.md; every number
+comes from the run. Tests marked stricter_than_native run on PyTorch's own operators too, where they are expected to
+fail.
 """
 
 import datetime
@@ -34,8 +35,9 @@ CHECKS = {
 CHECK_OF = {file: check for check, files in CHECKS.items() for file in files}
 COLUMNS = {
     "extension": "C++, CPU",
-    "cuda": "C++, CUDA",
-    "triton": "Triton",
+    "extension on cuda": "C++, CUDA",
+    "triton": "Triton, interpreted",
+    "triton on cuda": "Triton, CUDA",
     "emulated": "CUDA, emulated",
     "": "no backend",
     "torch": "PyTorch's own",
@@ -174,10 +176,10 @@ def accuracy_page(worst, command):
     lines = [
         "# Accuracy",
         "",
-        f"Written by `{command}` on {datetime.date.today().isoformat()}, torch {torch.__version__}: the worst errors of "
-        "the run against float64 on the rounded input, ours / PyTorch's own, in ulps of the largest term. What is asked "
-        "of ours: forward at most twice native's error and one ulp, gradients and statistics three times and a few. "
-        "*wrong*: not finite where it should be.",
+        f"Written by `{command}` on {datetime.date.today().isoformat()}, torch {torch.__version__}: the worst errors "
+        "of the run against float64 on the rounded input, ours / PyTorch's own, in ulps of the largest term. What is "
+        "asked of ours: forward at most twice native's error and one ulp, gradients and statistics three times and a "
+        "few. *wrong*: not finite where it should be.",
         "",
     ]
     backends = dict.fromkeys(key[0] for key in worst)

@@ -85,17 +85,29 @@ def compare(ours, native, activation, call):
             assert_same(pair[0].detach(), pair[1].detach(), f"argument {index} afterwards", formats=False)
 
 
+# Those that keep every value: what repeats one would change the sample.
+LAYOUTS = ("as_given", "noncontiguous", "channels_last", "sliced", "permuted", "offset", "channels_last_offset")
+
+
+def laid_out(x, layout):
+    """``x`` as PyTorch gives it, or in one of our layouts."""
+    if layout not in layouts(x.dim()) or x.numel() == 0:
+        return x
+    return in_layout(x, layout).requires_grad_(x.requires_grad)
+
+
 @functions
 @activations
 @dtypes
-@pytest.mark.parametrize("noncontiguous", [False, True], ids=("as_given", "noncontiguous"))
-def test_op_samples(backend, op_name, activation, dtype, noncontiguous):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_op_samples(backend, op_name, activation, dtype, layout, record_property):
     ours, native = FUNCTIONS[op_name]
     count = 0
     torch.manual_seed(0)
     for sample in OPS[op_name].sample_inputs(device(), dtype, requires_grad=True):
-        if noncontiguous:
+        if layout == "noncontiguous":
             sample = sample.noncontiguous()
+        sample.input = laid_out(sample.input, layout)
         compare(ours, native, activation, ((sample.input, *sample.args), dict(sample.kwargs)))
         count += 1
     record_property("cases", count)

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def constraints():
 
 def requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
+    extras = itertools.chain(*project["project"]["optional-dependencies"].values())
     texts = [
         *project["build-system"]["requires"],
         *project["project"]["dependencies"],
