@@ -5,7 +5,7 @@
 
 namespace normfused::binding {
 
-// A string argument. torch's own conversion to std::string loses one on the heap with every call (2.10 to 2.14).
+// A string argument. torch's own conversion to std::string leaks one with every call (pytorch#191340, until 2.14).
 struct String : std::string {
   using std::string::string;
 };
