@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from helpers import FLOATS, activate, assert_same, away_from_kinks, names, randn
 from torch import nn
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import normfused
 from normfused.functional import batch_norm_act, group_norm_act
 
-OPS = {op.name: op for op in op_db if not op.variant_test_name}
-MODULES = {module.module_cls: module for module in module_db}
+# They need expecttest.
+invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations")
+modules = pytest.importorskip("torch.testing._internal.common_modules")
+
+OPS = {op.name: op for op in invocations.op_db if not op.variant_test_name}
+MODULES = {module.module_cls: module for module in modules.module_db}
 FUSED = {
     nn.BatchNorm1d: normfused.BatchNormAct1d,
     nn.BatchNorm2d: normfused.BatchNormAct2d,
@@ -181,7 +183,7 @@ def test_module_error_inputs(backend, module_cls):
     for error in errors:
         constructor_input = error.module_error_input.constructor_input
         forward_input = error.module_error_input.forward_input
-        if error.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
+        if error.error_on == modules.ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(error.error_type):
                 FUSED[module_cls](*constructor_input.args, **constructor_input.kwargs)
             continue
