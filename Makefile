@@ -1,6 +1,7 @@
 # make build   install into .venv and build, nothing more
 # make demo    train a MobileNetV2 with and without normfused, and compare
 # make test    run the tests
+# make cuda    where nvcc is: install with the CUDA kernels into .venv-cuda, beside the models of other libraries
 # make lint    ruff and clang-format
 # make bench   the microbenchmark of README.md
 # make gpu     on a machine with a GPU: build, tests, sanitizers, benchmarks; OUT=folder, MINUTES=8.7, PYTHON=python3
@@ -9,9 +10,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml constraints.txt
+CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu' -o -name '*.cuh') constraints-cuda.txt
 FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test lint format bench gpu clean
+.PHONY: build cuda demo test lint format bench gpu clean
 
 build: $(VENV)/built
 
@@ -22,6 +24,17 @@ $(VENV)/built: $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--no-build-isolation --editable '.[test,demo]'
 	$(BIN)/python -m normfused
+	touch $@
+
+cuda: .venv-cuda/built
+
+# A CUDA build of torch; without a GPU here, TORCH_CUDA_ARCH_LIST says what for.
+.venv-cuda/built: $(CUDA_SOURCES)
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --constraint constraints-cuda.txt torch torchvision timm transformers \
+		setuptools wheel ninja pybind11
+	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" FORCE_CUDA=1 .venv-cuda/bin/python -m pip install --quiet \
+		--constraint constraints-cuda.txt --no-build-isolation '.[test]'
 	touch $@
 
 demo: build
@@ -54,4 +67,4 @@ $(BIN)/ruff: $(VENV)/built
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out *.egg-info normfused/*.so
+	rm -rf $(VENV) .venv-cuda build out *.egg-info normfused/*.so

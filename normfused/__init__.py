@@ -3,8 +3,10 @@
 from . import functional
 from .backends import info, use_backend
 from .convert import convert, revert
+from .distributed import SyncBatchNormAct, convert_sync_batchnorm
 from .memory import empty_cache, set_cache_limit
 from .modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
+from .recompute import checkpoint_policy, recompute_activations
 from .version import __version__
 
 __all__ = [
@@ -12,11 +14,15 @@ __all__ = [
     "BatchNormAct2d",
     "BatchNormAct3d",
     "GroupNormAct",
+    "SyncBatchNormAct",
     "__version__",
+    "checkpoint_policy",
     "convert",
+    "convert_sync_batchnorm",
     "empty_cache",
     "functional",
     "info",
+    "recompute_activations",
     "revert",
     "set_cache_limit",
     "use_backend",

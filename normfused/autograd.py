@@ -19,9 +19,9 @@ class BatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, options):
-        """options: (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, backend)."""
-        operators = OPERATORS[options[7]]
-        y, mean, invstd = operators.batch_norm_act(x, weight, bias, residual, *options[:7], None)
+        """options: (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
+        pre_activation, backend)."""
+        y, mean, invstd = OPERATORS[options[8]].batch_norm_act(x, weight, bias, residual, *options[:8])
         ctx.options = options[3:]
         # Without an activation the gradient does not depend on z, hence not on bias and residual.
         if options[6] is None:
@@ -35,11 +35,11 @@ class BatchNormActFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, residual = ctx.saved_tensors
         mean, invstd = ctx.statistics
-        training, _, eps, activation, backend = ctx.options
+        training, _, eps, activation, pre_activation, backend = ctx.options
         need_dx, need_dweight, need_dbias, need_dresidual, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             dx, dweight, dbias, dresidual = reference.batch_norm_act_backward(
-                dy, x, weight, bias, residual, mean, invstd, training, eps, activation
+                dy, x, weight, bias, residual, mean, invstd, training, eps, activation, pre_activation
             )
         else:
             dx, dweight, dbias, dresidual = OPERATORS[backend].batch_norm_act_backward(
@@ -52,7 +52,7 @@ class BatchNormActFunction(torch.autograd.Function):
                 invstd,
                 training,
                 activation,
-                None,
+                pre_activation,
                 need_dx,
                 need_dweight,
                 need_dbias,

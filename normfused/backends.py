@@ -15,15 +15,14 @@ from .version import __version__
 
 BACKENDS = ("extension", "triton", "torch")
 
-# Device types that our C++ operators have kernels for.
-_EXTENSION_DEVICES = ("cpu", "meta")
 # Device types that Triton compiles for; "cuda" is AMD's name too.
 _TRITON_DEVICES = ("cuda", "xpu")
 
 _override: str | None = None
-# By device type: the backend that serves it by default, and why use_backend("triton") cannot be honoured ("": it can).
+# By device type: the backend that serves it by default.
 _decided: dict[str, str] = {}
-_triton_refused: dict[str, str] = {}
+# By backend and device type: why use_backend cannot be honoured ("": it can).
+_refused: dict[tuple[str, str], str] = {}
 # The operators of "extension" and, once imported, "triton", by the names that they have in ops.py.
 OPERATORS = {"extension": ops}
 
@@ -31,13 +30,7 @@ OPERATORS = {"extension": ops}
 def choose(tensor) -> str:
     """The backend that serves ``tensor``; decided once per device type, overridden by use_backend."""
     if _override is not None:
-        device_type = tensor.device.type
-        why_not = None
-        if _override == "extension" and device_type not in _EXTENSION_DEVICES:
-            why_not = _why_not_extension(device_type)
-        elif _override == "triton":
-            why_not = _refusal(device_type)
-        if why_not:
+        if why_not := _refusal(_override, tensor.device.type):
             raise RuntimeError(
                 f'use_backend("{_override}") cannot be honoured for a tensor on {tensor.device}: {why_not}'
             )
@@ -49,10 +42,11 @@ def _decision(device_type):
     return _decided.get(device_type) or _decide(device_type)
 
 
-def _refusal(device_type):
-    if device_type not in _triton_refused:
-        _triton_refused[device_type] = _why_not_triton(device_type) or ""
-    return _triton_refused[device_type]
+def _refusal(backend, device_type):
+    if (backend, device_type) not in _refused:
+        why_not = {"extension": _why_not_extension, "triton": _why_not_triton}.get(backend, lambda _: None)
+        _refused[backend, device_type] = why_not(device_type) or ""
+    return _refused[backend, device_type]
 
 
 # Constants to torch.compile, which could neither trace the warning nor guard on the dictionaries that they are kept in:
@@ -89,10 +83,41 @@ def _why_not_extension(device_type):
     if not ops.LOADED:
         return ops.WHY_NOT
     if device_type == "cuda":
-        return cuda_info()["why_not"]
-    if device_type not in _EXTENSION_DEVICES:
+        return ops.CUDA_WHY_NOT or _why_not_gpus()
+    if device_type not in ("cpu", "meta"):
         return f"normfused has no kernels for {device_type}"
     return None
+
+
+def _why_not_gpus():
+    """Why the CUDA kernels do not run on every GPU that torch sees; None if they do."""
+    archs = _archs()
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        name = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
+        if major < 8:
+            return f"the CUDA kernels need compute capability 8.0 or above, and cuda:{index} is a {name}"
+        if not any(_runs_on(arch, major, minor) for arch in archs):
+            return (
+                f"the CUDA kernels were built for {', '.join(archs)}, which does not run on cuda:{index}, a {name}; "
+                f'reinstall normfused with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+            )
+    return None
+
+
+def _archs():
+    return ops.BUILD.get("cuda_archs", "").split()
+
+
+def _runs_on(arch, major, minor):
+    """Whether code for "sm_86" or "compute_80" runs on a GPU: the former on later ones of its generation, the latter,
+    which is compiled on first use, on all later ones."""
+    kind, _, number = arch.partition("_")
+    if not number.isdecimal():
+        # sm_90a and the like: that architecture alone.
+        return number[:-1] == f"{major}{minor}"
+    built = int(number[:-1]), int(number[-1])
+    return built <= (major, minor) and (kind == "compute" or built[0] == major)
 
 
 def _import_triton():
@@ -158,8 +183,13 @@ def use_backend(name):
 
 
 def cuda_info():
-    """{"built", "archs", "why_not"}: whether CUDA kernels are part of this build."""
-    return {"built": False, "archs": [], "why_not": ops.BUILD.get("cuda_why_not", ops.WHY_NOT)}
+    """{"built": whether CUDA kernels are part of this build, "version", "archs", "why_not": why they do not load}"""
+    return {
+        "built": bool(_archs()),
+        "version": ops.BUILD.get("cuda_version") or None,
+        "archs": _archs(),
+        "why_not": ops.CUDA_WHY_NOT,
+    }
 
 
 def _triton_info(devices, served):
@@ -185,7 +215,7 @@ def info() -> dict:
 
     Returns:
         {"version", "torch", "python", "extension": {"built", "instruction_set", "compiler", "why_not"},
-        "cuda": {"built", "archs", "why_not"}, "triton": {"installed", "used", "why_not"},
+        "cuda": {"built", "version", "archs", "why_not"}, "triton": {"installed", "used", "why_not"},
         "backend": {device type: name}}
     """
     devices = ["cpu"]

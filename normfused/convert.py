@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .distributed import SyncBatchNormAct, unsynchronise
 from .modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
 
 _FUSED_CLASS = {
@@ -22,7 +23,7 @@ _FUSED_CLASS = {
     nn.BatchNorm3d: BatchNormAct3d,
     nn.GroupNorm: GroupNormAct,
 }
-_PLAIN_CLASS = {fused: plain for plain, fused in _FUSED_CLASS.items()}
+_PLAIN_CLASS = {fused: plain for plain, fused in _FUSED_CLASS.items()} | {SyncBatchNormAct: nn.SyncBatchNorm}
 _NORM_BASES = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 _NORM_NAMES = {plain.__name__ for plain in _FUSED_CLASS}
 
@@ -124,6 +125,9 @@ def revert(model):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if type(module) is SyncBatchNormAct:
+            unsynchronise(module)
     places = _places(model)
     norms = [module for module in model.modules() if type(module) in _PLAIN_CLASS]
     num_norms = Counter(vars(norm).get("fused_activation") for norm in norms)

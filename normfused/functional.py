@@ -2,8 +2,9 @@
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
-from . import backends, native
+from . import backends, native, recompute
 from .autograd import (
     BatchNormActFunction,
     GroupNormActFunction,
@@ -51,11 +52,14 @@ def batch_norm_act(
         ValueError: one value per channel or one of running_mean and running_var in training, eps out of range,
             unknown activation, residual of another shape.
         NotImplementedError: integer, boolean or complex ``input``.
-        TypeError: ``momentum`` is None.
-        RuntimeError: sizes or dtypes of the other arguments do not fit, or statistics are missing in evaluation.
+        TypeError: ``momentum`` is None, or an argument is not of its type.
+        RuntimeError: sizes or dtypes of the other arguments do not fit, statistics are missing in evaluation, or they
+            want a gradient or lie in the same memory.
     """
     if momentum is None:
         raise TypeError("batch_norm_act: momentum must be a number, got None")
+    if not isinstance(training, bool):
+        raise TypeError(f"batch_norm_act: training must be a bool, got {training!r}")
     return _batch_norm_act(
         input,
         running_mean,
@@ -91,8 +95,11 @@ def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activ
     Raises:
         ValueError: one value per group, unknown activation.
         NotImplementedError: integer, boolean or complex ``input``.
+        TypeError: an argument is not of its type.
         RuntimeError: sizes or dtypes of the other arguments do not fit.
     """
+    if not isinstance(input, torch.Tensor):
+        raise _not_a_tensor("group_norm_act", "input", input)
     if input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
         input = input.float()
     backend = "torch" if _is_transformed() else backends.choose(input)
@@ -113,11 +120,15 @@ def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activ
         ):
             return backends.OPERATORS[backend].group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
         apply = GroupNormActFunction.apply if compiling else group_norm_act_eager
-        return apply(input, weight, bias, (num_groups, eps, activation, backend))
-    except RuntimeError:
-        # The operator found something wrong: say it with the type of exception that PyTorch has for it.
+        y = apply(input, weight, bias, (num_groups, eps, activation, backend))
+    except (RuntimeError, AttributeError):
+        # Something is wrong: say it with the type of exception that PyTorch has for it.
+        _raise(_not_tensors("group_norm_act", weight=weight, bias=bias))
         _raise(_group_norm_error(input, num_groups, activation))
         raise
+    if recompute.local.depth and recompute.is_on():
+        recompute.remember_group_norm(y, input, weight, bias, num_groups, eps, activation, backend)
+    return y
 
 
 def _batch_norm_act(
@@ -135,6 +146,8 @@ def _batch_norm_act(
     pre_activation,
 ):
     """batch_norm_act that also keeps ``num_batches_tracked``; momentum=None then averages cumulatively."""
+    if not isinstance(input, torch.Tensor):
+        raise _not_a_tensor("batch_norm_act", "input", input)
     # PyTorch takes a one-dimensional input if it is empty.
     backend = "torch" if _is_transformed() or input.dim() < 2 else backends.choose(input)
     by_torch = backend == "torch"
@@ -146,6 +159,11 @@ def _batch_norm_act(
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(1)
             raise error
+    if training and not compiling and recompute.in_backward():
+        # torch.utils.checkpoint runs this forward again: its batch is in the running statistics already.
+        num_batches_tracked, momentum = None, 0.0
+        if not by_torch:
+            running_mean = running_var = None
     if by_torch:
         return native.batch_norm_act(
             input,
@@ -161,12 +179,16 @@ def _batch_norm_act(
             residual,
             pre_activation,
         )
-    if pre_activation is not None:
-        input = native.activate(input, pre_activation)
-    arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)
+    operators = backends.OPERATORS[backend]
+    if pre_activation is not None and input.device.type not in operators.FUSES_PRE_ACTIVATION:
+        input, pre_activation = native.activate(input, pre_activation), None
+    arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, pre_activation)
     try:
+        grad_enabled = torch.is_grad_enabled()
+        if grad_enabled and running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+            raise RuntimeError("batch_norm_act: running_mean and running_var get no gradient and must not require one")
         if not (
-            torch.is_grad_enabled()
+            grad_enabled
             and (
                 input.requires_grad
                 or (weight is not None and weight.requires_grad)
@@ -174,13 +196,29 @@ def _batch_norm_act(
                 or (residual is not None and residual.requires_grad)
             )
         ):
-            return backends.OPERATORS[backend].batch_norm_act(input, weight, bias, residual, *arguments, None)[0]
-        apply = BatchNormActFunction.apply if compiling else batch_norm_act_eager
-        return apply(input, weight, bias, residual, (*arguments, backend))
-    except RuntimeError:
-        # The operator found something wrong: say it with the type of exception that PyTorch has for it.
+            y = operators.batch_norm_act(input, weight, bias, residual, *arguments)[0]
+        else:
+            if compiling and residual is input:
+                # torch.compile takes no tensor for two arguments.
+                residual = input.view_as(input)
+            apply = BatchNormActFunction.apply if compiling else batch_norm_act_eager
+            y = apply(input, weight, bias, residual, (*arguments, backend))
+        if training and not compiling:
+            # What autograd saved of them before is no longer what it was (native says nothing: #73050).
+            written = (running_mean, running_var, num_batches_tracked)
+            increment_version([t for t in written if t is not None])
+    except (RuntimeError, AttributeError):
+        # Something is wrong: say it with the type of exception that PyTorch has for it.
+        tensors = {"weight": weight, "bias": bias, "residual": residual}
+        _raise(_not_tensors("batch_norm_act", running_mean=running_mean, running_var=running_var, **tensors))
         _raise(_batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, None))
         raise
+    if y.requires_grad and recompute.local.depth and recompute.is_on():
+        statistics = y.grad_fn.statistics
+        recompute.remember_batch_norm(
+            y, input, weight, bias, residual, *statistics, activation, pre_activation, backend
+        )
+    return y
 
 
 def _is_transformed():
@@ -223,12 +261,24 @@ def _group_norm_error(input, num_groups, activation):
         return _unknown_activation("activation", activation)
     if input.dtype not in _DTYPES:
         return _unsupported_dtype("group_norm_act", input)
-    if input.dim() >= 2 and num_groups > 0 and input.numel() == input.shape[0] * num_groups == num_groups:
+    if num_groups <= 0:
+        return RuntimeError(f"group_norm_act: num_groups must be positive, got {num_groups}")
+    if input.dim() >= 2 and input.numel() == input.shape[0] * num_groups == num_groups:
         return ValueError(
             "group_norm_act: expected more than 1 value per group, "
             f"got input of shape {tuple(input.shape)} with num_groups {num_groups}"
         )
     return None
+
+
+def _not_tensors(function, **tensors):
+    """An error for the first that is neither a tensor nor None."""
+    wrong = [(name, t) for name, t in tensors.items() if not (t is None or isinstance(t, torch.Tensor))]
+    return _not_a_tensor(function, *wrong[0]) if wrong else None
+
+
+def _not_a_tensor(function, argument, value):
+    return TypeError(f"{function}: {argument} must be a Tensor, got {type(value).__name__}")
 
 
 def _raise(error):

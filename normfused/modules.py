@@ -24,7 +24,7 @@ class _RefuseSyncConversion:
                 raise RuntimeError(
                     "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the fused activation "
                     f"{module.activation or module.pre_activation!r} of {type(module).__name__}; "
-                    "call normfused.revert(model) first"
+                    "normfused.convert_sync_batchnorm(model) keeps it; or call normfused.revert(model) first"
                 )
         if module is None or "qconfig" not in vars(module):
             raise AttributeError("qconfig")

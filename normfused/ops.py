@@ -1,6 +1,7 @@
 """Typed access to the operators in torch.ops.normfused, and the fake (meta) kernels that Triton's share.
 
 LOADED says whether the C++ core is there; WHY_NOT says in a sentence why it is not; BUILD holds the build information.
+CUDA_WHY_NOT says why the operators have no CUDA kernels (None: they have).
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch._prims_common import suggest_memory_format
 
 LOADED = False
 WHY_NOT: str | None = None
+CUDA_WHY_NOT: str | None = None
 BUILD: dict = {}
 
 
@@ -21,7 +23,7 @@ def _load():
         cure = "install a C++ compiler (Debian: apt-get install g++) and reinstall normfused"
         return f"the C++ core is not built; {cure}"
     BUILD.update(_C.build_info())
-    (library,) = Path(_C.__file__).parent.glob("_cpu*.so")
+    (library,) = Path(__file__).parent.glob("_cpu*.so")
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -29,8 +31,29 @@ def _load():
     return None
 
 
+def _load_cuda():
+    """Load the CUDA kernels of the operators; returns why they could not be, or None. Does not initialise CUDA."""
+    if not LOADED:
+        return WHY_NOT
+    built, running = BUILD["cuda_version"], torch.version.cuda
+    rebuild = "reinstall normfused where this torch and nvcc are, with FORCE_CUDA=1 and pip's --no-build-isolation"
+    if BUILD["cuda_why_not"]:
+        return f"normfused was built without CUDA kernels ({BUILD['cuda_why_not']}); {rebuild}"
+    if running is None:
+        return f"normfused has CUDA kernels, but torch {torch.__version__} is a build without CUDA"
+    if built.split(".")[0] != running.split(".")[0]:
+        return f"normfused's CUDA kernels were built with CUDA {built}, this torch runs on CUDA {running}; {rebuild}"
+    try:
+        (library,) = Path(__file__).parent.glob("_cuda*.so")
+        torch.ops.load_library(library)
+    except (OSError, ValueError) as error:
+        return f"normfused's CUDA kernels do not load under torch {torch.__version__}: {error}"
+    return None
+
+
 WHY_NOT = _load()
 LOADED = WHY_NOT is None
+CUDA_WHY_NOT = _load_cuda()
 
 
 def _check_devices(x, *others):
@@ -123,6 +146,9 @@ def fake_group_norm_act_backward(
         mean.new_empty(x.shape[1]) if need_dbias else mean.new_empty(0),
     )
 
+
+# Types of devices whose BatchNorm kernels apply a pre_activation; elsewhere it is an operator of its own.
+FUSES_PRE_ACTIVATION = ("cuda",)
 
 if LOADED:
     batch_norm_act = torch.ops.normfused.batch_norm_act.default

@@ -98,13 +98,17 @@ def batch_norm_act(x, weight, bias, residual, mean, var, eps, activation):
     return FORWARD[activation](z if residual is None else z + residual)
 
 
-def batch_norm_act_backward(dy, x, weight, bias, residual, mean, invstd, training, eps, activation):
+def batch_norm_act_backward(
+    dy, x, weight, bias, residual, mean, invstd, training, eps, activation, pre_activation=None
+):
     """(dx, dweight, dbias, dresidual) of batch_norm_act; in training the statistics are functions of ``x``.
 
-    dx = weight * invstd * (dz - mean(dz) - x_hat * mean(dz * x_hat)), without the two means in evaluation.
+    dx = weight * invstd * (dz - mean(dz) - x_hat * mean(dz * x_hat)), without the two means in evaluation; where
+    ``pre_activation(x)`` was normalised, this is its gradient, and goes on to ``x``.
     """
     dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
     dy, x, weight, bias, residual, mean, invstd = _wide(dy, x, weight, bias, residual, mean, invstd)
+    input, x = x, _rounded(FORWARD[pre_activation](x), dtypes[0])
     if training and x.numel() > 0:
         mean, var = batch_statistics(x)
         invstd = (var + eps).rsqrt()
@@ -118,7 +122,8 @@ def batch_norm_act_backward(dy, x, weight, bias, residual, mean, invstd, trainin
         dx = dz - _per_channel(dbias / n, x) - x_hat * _per_channel(dweight / n, x)
     else:
         dx = dz
-    grads = [dx * _per_channel(scale, x), dweight, dbias, dz]
+    dx = BACKWARD[pre_activation](input, dx * _per_channel(scale, x))
+    grads = [dx, dweight, dbias, dz]
     return tuple(grad if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
 
 

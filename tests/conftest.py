@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import zlib
+from unittest import mock
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated_operators
+
 import normfused
 from normfused import backends
 
-# Why a backend cannot run on this machine (None: it can), by name.
+# Why a backend cannot run on this machine (None: it can), by name. "emulated": the CUDA operators, by the emulator.
 WHY_NOT = {
     "extension": normfused.info()["extension"]["why_not"],
+    "emulated": emulated_operators.why_not(),
     "triton": backends._why_not_triton("cpu"),
     "torch": None,
 }
@@ -28,12 +32,20 @@ WHY_NOT_CUDA = {
     "triton": _NO_GPU or backends._why_not_triton("cuda"),
 }
 
+# Markers of tests that run only when asked for.
+SLOW = {
+    "nvcc": "minutes of compiling for a GPU",
+    "cuda_build": "looks at what make cuda has built",
+    "large": "gigabytes of memory",
+}
+
 
 def pytest_configure(config):
     # For small tensors a second thread costs more than it helps; on a busy machine ten times more. Tests of
     # threads choose their own number.
     torch.set_num_threads(1)
-    config.addinivalue_line("markers", "nvcc: minutes of compiling for a GPU; runs with -m nvcc only")
+    for name, meaning in SLOW.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}; runs with -m {name} only")
     config.addinivalue_line(
         "markers",
         "stricter_than_native(reason): the pinned behaviour goes beyond PyTorch's own, so the backend "
@@ -48,28 +60,30 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if "nvcc" not in config.getoption("markexpr"):
-        for item in items:
-            if item.get_closest_marker("nvcc"):
-                item.add_marker(pytest.mark.skip(reason="minutes of compiling: pytest -m nvcc"))
+    for name, meaning in SLOW.items():
+        if name not in config.getoption("markexpr"):
+            for item in items:
+                if item.get_closest_marker(name):
+                    item.add_marker(pytest.mark.skip(reason=f"{meaning}: pytest -m {name}"))
     for item in items if _NO_GPU else ():
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=_NO_GPU))
-    _choose_for_the_interpreter(config, items)
+    slow = {"emulated"}
+    if WHY_NOT["triton"] is None and backends.OPERATORS["triton"].INTERPRETED:
+        slow.add("triton")
+    _choose_for_interpreters(config, items, slow)
 
 
-def _choose_for_the_interpreter(config, items):
-    """The interpreter takes milliseconds for what a kernel does in microseconds: of each test's parametrisations it
-    runs those in which two parameters have values that they did not have together before."""
-    if WHY_NOT["triton"] is not None or not backends.OPERATORS["triton"].INTERPRETED:
-        return
+def _choose_for_interpreters(config, items, backend_names):
+    """They take milliseconds for what a kernel does in microseconds: of each test's parametrisations they run those in
+    which two parameters have values that they did not have together before."""
     chosen, seen = set(), {}
     # In an order that only looks random, so that the parameters do not change one at a time.
     for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
-        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "triton":
+        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") not in backend_names:
             chosen.add(item)
             continue
-        values = seen.setdefault((item.path, item.originalname), set())
+        values = seen.setdefault((item.path, item.originalname, item.callspec.params["backend"]), set())
         parameters = sorted((name, repr(value)) for name, value in item.callspec.params.items())
         new = set(itertools.combinations_with_replacement(parameters, 2)) - values
         if new:
@@ -83,7 +97,7 @@ def _choose_for_the_interpreter(config, items):
 _ON_GPU = () if _NO_GPU else tuple(pytest.param(f"{name} on cuda", marks=pytest.mark.cuda) for name in WHY_NOT_CUDA)
 
 
-@pytest.fixture(params=(*backends.BACKENDS, *_ON_GPU))
+@pytest.fixture(params=(*WHY_NOT, *_ON_GPU))
 def backend(request):
     """Runs the test with every fused layer served by one backend, on a GPU with tensors there; the name of it."""
     name, _, device = request.param.partition(" on ")
@@ -98,5 +112,10 @@ def backend(request):
             stack.enter_context(torch.device(device))
             # Convolutions around the layers give the same numbers each time.
             stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
-        stack.enter_context(normfused.use_backend(name))
+        if name == "emulated":
+            # Not a name that use_backend knows.
+            backends.OPERATORS[name] = emulated_operators.operators()
+            stack.enter_context(mock.patch.object(backends, "_override", name))
+        else:
+            stack.enter_context(normfused.use_backend(name))
         yield name

@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SOURCES = ("batch_norm.cu", "group_norm.cu", "stages.cu")
+SOURCES = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu")
 FORMATS = ("contiguous", "channels_last")
+PATH_NAMES = ("automatic", "empty", "one_kernel", "two_kernels", "block", "cluster", "cooperative")
 SCHEDULES = ((0, 0), (1, 0), (1, 1), (2, 1))
 
 
@@ -40,6 +41,10 @@ BatchNormForward = structure(
     **pointers("x", "residual", "weight", "bias", "running_mean", "running_var", "y", "mean", "invstd", "workspace"),
     **pointers("num_batches_tracked"),
     cumulative=c_bool,
+    narrow_parameters=c_bool,
+    narrow_running=c_bool,
+    path=c_int,
+    pre_activation=c_int,
 )
 BatchNormBackward = structure(
     "BatchNormBackward",
@@ -47,6 +52,9 @@ BatchNormBackward = structure(
     training=c_bool,
     **pointers("dy", "x", "residual", "weight", "bias", "mean", "invstd"),
     **pointers("dx", "dweight", "dbias", "dresidual", "workspace"),
+    narrow_parameters=c_bool,
+    path=c_int,
+    pre_activation=c_int,
 )
 GroupNormForward = structure(
     "GroupNormForward",
@@ -54,12 +62,16 @@ GroupNormForward = structure(
     groups=c_int64,
     eps=c_double,
     **pointers("x", "weight", "bias", "y", "mean", "rstd", "workspace"),
+    narrow_parameters=c_bool,
+    path=c_int,
 )
 GroupNormBackward = structure(
     "GroupNormBackward",
     **HEAD,
     groups=c_int64,
     **pointers("dy", "x", "weight", "bias", "mean", "rstd", "dx", "dweight", "dbias", "workspace"),
+    narrow_parameters=c_bool,
+    path=c_int,
 )
 DeviceLimits = structure(
     "DeviceLimits",
@@ -74,44 +86,6 @@ DeviceLimits = structure(
     l2_bytes=c_size_t,
     max_grid_x=c_int64,
     max_grid_y=c_int64,
-)
-PlanRequest = structure(
-    "PlanRequest",
-    extent=Extent,
-    dtype=c_int,
-    groups=c_int64,
-    direction=c_int,
-    reduces=c_bool,
-    residual=c_bool,
-    aligned=c_bool,
-    on_chip=c_bool,
-)
-View = structure("View", matrices=c_int64, rows=c_int64, channels=c_int64, group=c_int64)
-Pass = structure(
-    "Pass",
-    shape=c_int,
-    view=View,
-    vector=c_int,
-    splits=c_int64,
-    per_split=c_int64,
-    slots_per_row=c_int64,
-    aligned=c_bool,
-    tile_channels=c_int64,
-    tile_vectors=c_int,
-    row_groups=c_int,
-    reduce_bytes=c_size_t,
-)
-LaunchPlan = structure(
-    "LaunchPlan",
-    path=c_int,
-    view=View,
-    groups=c_int64,
-    reduce=Pass,
-    apply=Pass,
-    chunk_matrices=c_int64,
-    chunk_groups=c_int64,
-    workspace_bytes=c_int64,
-    bytes_moved=c_int64,
 )
 
 
@@ -150,7 +124,7 @@ def build(folder, root=ROOT, flags=("-O1",), emulator=None):
         emulator = folder / "emulator.o"
         compile_with("-O2", "-DNORMFUSED_EMULATOR", f"-I{source}", "-c", source / "emulator.cpp", "-o", emulator)
     objects = []
-    for path in (*(root / "csrc/kernels/cuda" / name for name in SOURCES), source / "kernels.cpp"):
+    for path in (*sorted((root / "csrc/kernels/cuda").glob("*.cu")), source / "kernels.cpp"):
         objects.append(folder / f"{path.stem}.o")
         compile_with(*flags, "-x", "c++", "-c", path, "-o", objects[-1])
     library = folder / "libkernels.so"
@@ -168,10 +142,8 @@ class Kernels:
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
         self.library.status_message.restype = self.library.launch_names.restype = c_char_p
-        self.library.workspace_bytes.restype = c_int64
-        self.library.workspace_bytes.argtypes = [POINTER(Extent), c_int, c_int64, c_bool]
+        self.library.count_batch.argtypes = [c_void_p]
         self.library.set_schedule.argtypes = [c_int, c_uint64]
-        self.library.plan_launches.restype = None
 
     def set_schedule(self, schedule, seed=0):
         self.library.set_schedule(schedule, seed)
@@ -185,19 +157,11 @@ class Kernels:
     def clear_launches(self):
         self.library.clear_launches()
 
-    def plan(self, request, device):
-        plan = LaunchPlan()
-        self.library.plan_launches(byref(request), byref(device), byref(plan))
-        return plan
-
-    def _call(self, function, args):
-        status = function(byref(args))
+    def _check(self, status):
         assert status == 0, self.library.status_message(status).decode()
 
-    def _workspace(self, extent, dtype, groups, backward):
-        """Exactly as large as asked for, between guards, and full of NaN."""
-        n = self.library.workspace_bytes(byref(extent), dtype, groups, backward)
-        return torch.full((n + 128,), 0xFF, dtype=torch.uint8), n
+    def count_batch(self, num_batches_tracked):
+        self._check(self.library.count_batch(num_batches_tracked.data_ptr()))
 
     @staticmethod
     def _head(x, layout, activation):
@@ -205,27 +169,30 @@ class Kernels:
         extent = Extent(n, c, s, FORMATS.index(layout))
         return {"dtype": DTYPES.index(x.dtype), "activation": ACTIVATIONS.index(activation), "extent": extent}
 
-    def _run(self, function, make, head, backward, **fields):
-        memory, n = self._workspace(head["extent"], head["dtype"], head.get("groups", 0), backward)
-        tensors = {name: pointer(t) if t is None or torch.is_tensor(t) else t for name, t in fields.items()}
-        self._call(function, make(**head, **tensors, workspace=memory.data_ptr() + 64))
+    def _run(self, name, make, head, **fields):
+        args = make(**head, **{k: pointer(t) if t is None or torch.is_tensor(t) else t for k, t in fields.items()})
+        size = c_int64()
+        self._check(getattr(self.library, f"{name}_workspace")(byref(args), byref(size)))
+        # Exactly as large as asked for, between guards, and full of NaN.
+        n = size.value
+        memory = torch.full((n + 128,), 0xFF, dtype=torch.uint8)
+        args.workspace = memory.data_ptr() + 64
+        self._check(getattr(self.library, name)(byref(args)))
         assert (memory[:64] == 0xFF).all(), "wrote before the workspace"
         assert (memory[64 + n :] == 0xFF).all(), "wrote past the workspace"
 
-    def batch_norm_forward(self, x, layout, activation, **fields):
-        self._run(
-            self.library.batch_norm_forward, BatchNormForward, self._head(x, layout, activation), False, x=x, **fields
-        )
+    def batch_norm_forward(self, x, layout, activation, pre_activation=None, **fields):
+        head = self._head(x, layout, activation) | {"pre_activation": ACTIVATIONS.index(pre_activation)}
+        self._run("batch_norm_forward", BatchNormForward, head, x=x, **fields)
 
-    def batch_norm_backward(self, x, layout, activation, **fields):
-        self._run(
-            self.library.batch_norm_backward, BatchNormBackward, self._head(x, layout, activation), True, x=x, **fields
-        )
+    def batch_norm_backward(self, x, layout, activation, pre_activation=None, **fields):
+        head = self._head(x, layout, activation) | {"pre_activation": ACTIVATIONS.index(pre_activation)}
+        self._run("batch_norm_backward", BatchNormBackward, head, x=x, **fields)
 
     def group_norm_forward(self, x, layout, activation, groups, **fields):
         head = self._head(x, layout, activation) | {"groups": groups}
-        self._run(self.library.group_norm_forward, GroupNormForward, head, False, x=x, **fields)
+        self._run("group_norm_forward", GroupNormForward, head, x=x, **fields)
 
     def group_norm_backward(self, x, layout, activation, groups, **fields):
         head = self._head(x, layout, activation) | {"groups": groups}
-        self._run(self.library.group_norm_backward, GroupNormBackward, head, True, x=x, **fields)
+        self._run("group_norm_backward", GroupNormBackward, head, x=x, **fields)

@@ -32,6 +32,11 @@ TOLERANCE = {
 training_or_eval = pytest.mark.parametrize("training", [True, False], ids=("train", "eval"))
 
 
+def interpreted(backend):
+    """Whether ``backend`` runs kernels on the CPU that are written for a GPU, a thousand times slower."""
+    return backend == "emulated" or (backend == "triton" and not torch.accelerator.is_available())
+
+
 def names(values):
     """Readable ids for dtypes, shapes, classes and activations."""
     return getattr(values, "__name__", str(values).replace("torch.", "").replace(" ", ""))

@@ -1,10 +1,13 @@
 """What setup.py decides, and the package as it installs where there is no compiler."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -36,18 +39,74 @@ def test_a_compiler_that_compiles_nothing_counts_as_none():
     assert "cannot compile" in result.stdout
 
 
-def test_force_cuda_without_cuda_kernels_fails():
-    result = run_setup("--name", FORCE_CUDA="1")
-    assert result.returncode != 0
-    assert "FORCE_CUDA=1" in result.stderr
+@pytest.fixture
+def cuda_target(monkeypatch, tmp_path):
+    """setup.py's decision for a torch of a CUDA version, GPUs of some capabilities and a toolkit's nvcc."""
+    for name in ("USE_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(torch_cuda="13.0", nvcc="13.1", gpus=(), **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        home = None
+        if nvcc is not None:
+            home = tmp_path / "toolkit"
+            (home / "bin").mkdir(parents=True, exist_ok=True)
+            compiler = home / "bin/nvcc"
+            compiler.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n")
+            compiler.chmod(0o755)
+        version = types.SimpleNamespace(cuda=torch_cuda)
+        cuda = types.SimpleNamespace(device_count=lambda: len(gpus))
+        torch = types.SimpleNamespace(version=version, cuda=cuda, __version__="2.99")
+
+        def arch_flags():
+            # As torch's: the list that is asked for, or else the GPUs that are seen.
+            archs = os.environ.get("TORCH_CUDA_ARCH_LIST", ";".join(gpus)).replace("+PTX", ";PTX").split(";")
+            kinds = [("compute", archs[i - 1]) if arch == "PTX" else ("sm", arch) for i, arch in enumerate(archs)]
+            numbers = [(kind, arch.replace(".", "")) for kind, arch in kinds]
+            return [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind, number in numbers]
+
+        tools = types.SimpleNamespace(CUDA_HOME=home and str(home), _get_cuda_arch_flags=arch_flags)
+        with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, CXX="false"):
+            return runpy.run_path(str(ROOT / "setup.py"))["cuda_target"](torch, tools)
+
+    return run
 
 
-def test_use_cuda_0_is_taken_for_the_reason():
-    probe = "import setuptools; setuptools.setup = lambda **k: None; import setup; print(setup.why_no_cuda())"
-    result = subprocess.run(
-        [sys.executable, "-c", probe], cwd=ROOT, env=os.environ | {"USE_CUDA": "0"}, capture_output=True, text=True
-    )
-    assert "USE_CUDA=0" in result.stdout, result.stderr
+def test_cuda_is_built_for_the_gpus_that_are_there(cuda_target):
+    flags, cuda = cuda_target(gpus=("8.6", "9.0"))
+    assert cuda == {"version": "13.1", "archs": "sm_86 sm_90", "why_not": ""}
+    assert flags == ["-gencode=arch=compute_86,code=sm_86", "-gencode=arch=compute_90,code=sm_90"]
+
+
+def test_without_a_gpu_cuda_is_built_for_one_architecture_and_ptx(cuda_target):
+    # pytorch#137261: torch itself raises an IndexError there.
+    assert cuda_target()[1]["archs"] == "sm_80 compute_80"
+    assert cuda_target(TORCH_CUDA_ARCH_LIST="9.0;10.0+PTX")[1]["archs"] == "sm_90 sm_100 compute_100"
+
+
+def test_gpus_that_are_too_old_are_left_out(cuda_target):
+    assert cuda_target(gpus=("7.5", "8.0"))[1]["archs"] == "sm_80"
+    assert "8.0" in cuda_target(gpus=("7.5",))[1]["why_not"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"torch_cuda": None}, "torch 2.99 has no CUDA"),
+        ({"nvcc": None}, "set CUDA_HOME"),
+        ({"nvcc": "12.8"}, "nvcc is of CUDA 12.8, torch of CUDA 13.0"),
+        ({"USE_CUDA": "0"}, "USE_CUDA=0"),
+    ],
+)
+def test_why_cuda_is_not_built_is_said_once_and_force_cuda_makes_it_fail(cuda_target, capsys, options, reason):
+    assert reason in cuda_target(**options)[1]["why_not"]
+    # Whoever has no CUDA or does not want it need not be told.
+    chosen = "torch_cuda" in options or "USE_CUDA" in options
+    assert capsys.readouterr().out.count("installing without the CUDA kernels") == (0 if chosen else 1)
+    with pytest.raises(SystemExit, match="FORCE_CUDA=1") as error:
+        cuda_target(**options, FORCE_CUDA="1")
+    assert reason in str(error.value)
 
 
 @pytest.fixture

@@ -16,18 +16,15 @@ from emulated import (
     COMPILER,
     DTYPES,
     FORMATS,
+    PATH_NAMES,
     ROOT,
     SCHEDULES,
     SOURCES,
-    Extent,
     Kernels,
-    PlanRequest,
     build,
     compiler_or_skip,
 )
 from emulated import limits as device_limits
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from normfused import reference
 
@@ -62,7 +59,7 @@ PATHS = {
     f"{shape}_{stage}{suffix}"
     for stage in ("stats", "apply", "backward_reduce", "backward_apply")
     for shape, suffix in (("plane", ""), ("column", ""), ("column", "_scalar"))
-} | {"channel_forward", "finish_stats", "finish_backward", "finish_parameters", "use_running_stats"}
+} | {"channel_forward", "count_batch", "finish_stats", "finish_backward", "finish_parameters", "use_running_stats"}
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +107,19 @@ class Case:
     """Random arguments of one call, and dy that is 0 where z is so near a kink that rounding decides."""
 
     def __init__(
-        self, shape, dtype, layout, activation, seed, groups=0, residual=False, affine=(True, True), aligned=True
-    ):
+        self, shape, dtype, layout, activation, seed, groups=0, residual=False, affine=(True, True), aligned=True,
+        narrow=False, pre_activation=None,
+    ):  # fmt: skip
         n, c, s = shape
         self.shape, self.dtype, self.layout, self.activation, self.groups = shape, dtype, layout, activation, groups
         wide = statistics_type(dtype)
         place = (lambda t: in_layout(t, layout)) if aligned else (lambda t: misalign(in_layout(t, layout)))
         self.x64 = (3 * randn(n, c, s, seed=seed) + 2).to(dtype).double()
-        self.weight = (randn(c, seed=seed + 1) + 2).to(wide) if affine[0] else None
-        self.bias = (randn(c, seed=seed + 2) + 1).to(wide) if affine[1] else None
+        self.input64 = reference.FORWARD[pre_activation](self.x64).to(dtype).double()
+        self.pre_activation, self.narrow = pre_activation, narrow
+        parameter = dtype if narrow else wide
+        self.weight = (randn(c, seed=seed + 1) + 2).to(parameter) if affine[0] else None
+        self.bias = (randn(c, seed=seed + 2) + 1).to(parameter) if affine[1] else None
         self.residual64 = randn(n, c, s, seed=seed + 3).to(dtype).double() if residual else None
         self.x = place(self.x64.to(dtype))
         self.residual = place(self.residual64.to(dtype)) if residual else None
@@ -144,12 +145,14 @@ class Case:
         # A z that single precision rounds the other way is one element's error of a 16-bit sum.
         selects = self.activation in (None, "relu", "relu6")
         wide = name not in ("y", "dx", "dresidual", *(() if selects else ("dweight", "dbias")))
+        wide = wide and not (self.narrow and name.startswith("running"))
         check(name, actual, expected, self.wide if wide else self.dtype, scale)
 
 
 def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True, True, True)):
     c = case.shape[1]
-    running = [randn(c, seed=5).to(case.wide), (randn(c, seed=6).abs() + 0.5).to(case.wide)]
+    running_dtype = case.dtype if case.narrow else case.wide
+    running = [randn(c, seed=5).to(running_dtype), (randn(c, seed=6).abs() + 0.5).to(running_dtype)]
     before = [t.double().clone() for t in running]
     counter = torch.tensor([4])
     y, mean, invstd = blank(case.x), torch.empty(c, dtype=case.wide), torch.empty(c, dtype=case.wide)
@@ -157,12 +160,13 @@ def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True
         case.x, case.layout, case.activation, training=training, momentum=momentum or 0.0, cumulative=momentum is None,
         eps=EPS, residual=case.residual, weight=case.weight, bias=case.bias, running_mean=running[0],
         running_var=running[1], num_batches_tracked=counter if training else None, y=y, mean=mean, invstd=invstd,
+        pre_activation=case.pre_activation, narrow_parameters=case.narrow, narrow_running=case.narrow,
     )  # fmt: skip
     weight, bias = case.parameters64()
     factor = 1 / 5 if momentum is None else momentum
     if training:
-        mean64, var64 = reference.batch_statistics(case.x64)
-        after = reference.running_statistics(case.x64, *before, factor)
+        mean64, var64 = reference.batch_statistics(case.input64)
+        after = reference.running_statistics(case.input64, *before, factor)
         assert counter.item() == 5
     else:
         (mean64, var64), after = before, before
@@ -170,7 +174,7 @@ def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True
     case.check("invstd", invstd, (var64 + EPS).rsqrt())
     case.check("running_mean", running[0], after[0])
     case.check("running_var", running[1], after[1])
-    args = (case.x64, weight, bias, case.residual64, mean64, var64, EPS)
+    args = (case.input64, weight, bias, case.residual64, mean64, var64, EPS)
     case.check("y", y, reference.batch_norm_act(*args, case.activation))
 
     case.set_dy(reference.batch_norm_act(*args, None))
@@ -182,11 +186,13 @@ def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True
     kernels.batch_norm_backward(
         case.x, case.layout, case.activation, training=training, dy=case.dy, residual=case.residual, weight=case.weight,
         bias=case.bias, mean=mean, invstd=invstd, dx=dx, dweight=dweight, dbias=dbias, dresidual=dresidual,
+        pre_activation=case.pre_activation, narrow_parameters=case.narrow,
     )  # fmt: skip
     invstd64 = (var64 + EPS).rsqrt()
-    args = (case.dy64, case.x64, weight, bias, case.residual64, mean64, invstd64, training, EPS, case.activation)
+    args = (case.dy64, case.input64, weight, bias, case.residual64, mean64, invstd64, training, EPS, case.activation)
     with case.rounding():
-        expected = reference.batch_norm_act_backward(*args)
+        dx64, *others = reference.batch_norm_act_backward(*args)
+    expected = (reference.BACKWARD[case.pre_activation](case.x64, dx64), *others)
     names = ("dx", "dweight", "dbias", "dresidual")
     for name, actual, value in zip(names, (dx, dweight, dbias, dresidual), expected, strict=True):
         if actual is not None:
@@ -200,7 +206,7 @@ def run_group_norm(kernels, case, needs=(True, True, True)):
     mean, rstd = (torch.full((n, case.groups), float("nan"), dtype=case.wide) for _ in range(2))
     kernels.group_norm_forward(
         case.x, case.layout, case.activation, case.groups, eps=EPS, weight=case.weight, bias=case.bias, y=y, mean=mean,
-        rstd=rstd,
+        rstd=rstd, narrow_parameters=case.narrow,
     )  # fmt: skip
     weight, bias = case.parameters64()
     mean64, var64 = reference.group_statistics(case.x64, case.groups)
@@ -214,7 +220,7 @@ def run_group_norm(kernels, case, needs=(True, True, True)):
     dweight, dbias = (torch.empty(c, dtype=case.wide) if need else None for need in needs[1:])
     kernels.group_norm_backward(
         case.x, case.layout, case.activation, case.groups, dy=case.dy, weight=case.weight, bias=case.bias, mean=mean,
-        rstd=rstd, dx=dx, dweight=dweight, dbias=dbias,
+        rstd=rstd, dx=dx, dweight=dweight, dbias=dbias, narrow_parameters=case.narrow,
     )  # fmt: skip
     args = (case.dy64, case.x64, weight, bias, case.groups, EPS, case.activation)
     with case.rounding():
@@ -276,6 +282,51 @@ def test_activations(kernels, dtype, layout, activation):
         run_group_norm(kernels, Case(shape, dtype, layout, activation, 50, groups=1))
 
 
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parameters_and_running_statistics_in_the_dtype_of_x(kernels, dtype, layout):
+    prepare(kernels, 1)
+    for training, s in ((True, 36), (True, 300), (False, 36)):
+        run_batch_norm(kernels, Case((3, 8, s), dtype, layout, "relu", s, narrow=True), training=training)
+    run_group_norm(kernels, Case((3, 8, 36), dtype, layout, "relu", 30, groups=2, narrow=True))
+
+
+@pytest.mark.parametrize("pre_activation", [a for a in ACTIVATIONS if a])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pre_activation(kernels, dtype, layout, pre_activation):
+    prepare(kernels, 1)
+    for training, shape in ((True, (2, 3, 36)), (True, (3, 8, 264)), (False, (2, 8, 36))):
+        case = Case(shape, dtype, layout, "relu6", 33, residual=True, pre_activation=pre_activation)
+        run_batch_norm(kernels, case, training=training)
+
+
+def test_pre_activation_kinks(kernels):
+    """The gradient is selected by x: none, not even of a NaN, where relu6 is flat."""
+    prepare(kernels, 1)
+    x = torch.tensor([-1.0, 0.0, 3.0, 6.0, 7.0]).view(1, 5, 1).expand(2, 5, 8).contiguous()
+    ones, zeros, dx = torch.ones(5), torch.zeros(5), blank(x)
+    kernels.batch_norm_backward(
+        x,
+        "contiguous",
+        None,
+        "relu6",
+        training=False,
+        dy=torch.full_like(x, float("nan")),
+        mean=zeros,
+        invstd=ones,
+        dx=dx,
+    )
+    assert dx[:, 2].isnan().all()
+    assert (dx[:, [0, 1, 3, 4]] == 0).all()
+
+
+def test_count_batch(kernels):
+    counter = torch.tensor([41])
+    kernels.count_batch(counter)
+    assert counter.item() == 42
+
+
 def test_every_path_of_the_plan_was_launched(kernels):
     """The tests above; alone, a selection of them."""
     prepare(kernels, 1)
@@ -285,8 +336,15 @@ def test_every_path_of_the_plan_was_launched(kernels):
         run_batch_norm(kernels, case)
     run_batch_norm(kernels, Case((2, 8, 36), torch.float32, "contiguous", "relu", 61), training=False)
     kernels.set_limits(SMALL_L2)
-    run_batch_norm(kernels, Case((2, 3, 265), torch.float16, "contiguous", "relu6", 62))
+    run_batch_norm(kernels, Case((2, 3, 265), torch.float16, "contiguous", "relu6", 62), momentum=None)
     assert set(kernels.launches()) == PATHS
+
+
+def test_a_path_can_be_forced(kernels):
+    kernels.set_limits(SMALL_L2)
+    kernels.clear_launches()
+    batch_norm_forward(kernels, randn(2, 3, 265).float(), "contiguous", path=PATH_NAMES.index("two_kernels"))
+    assert set(kernels.launches()) == {"plane_stats", "finish_stats", "plane_apply"}
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -407,97 +465,12 @@ def test_empty(kernels, shape, layout):
     assert not dbias.any()
 
 
-# --- Launch plans ----------------------------------------------------------------------------------------------------
-
-DEVICES = {
-    80: device_limits(80, 108, 163 << 10, 40 << 20, 1),
-    86: device_limits(86, 84, 99 << 10, 6 << 20, 1),
-    89: device_limits(89, 128, 99 << 10, 72 << 20, 1),
-    90: device_limits(90, 132, 227 << 10, 50 << 20, 16),
-    100: device_limits(100, 148, 227 << 10, 126 << 20, 16),
-}
-sizes = st.one_of(
-    st.integers(0, 70), st.sampled_from([1023, 1024, 1025, 3136, 12544, 65535, 65536, 131072]), st.integers(1, 300000)
-)
-
-
-@settings(max_examples=1500, deadline=None)
-@given(
-    n=sizes, c=sizes.filter(bool), s=sizes, dtype=st.integers(0, 3), layout=st.integers(0, 1),
-    group_size=st.integers(0, 64), backward=st.booleans(), reduces=st.booleans(),
-    residual=st.booleans(), aligned=st.booleans(), on_chip=st.booleans(),
-    device=st.sampled_from(sorted(DEVICES)),
-)  # fmt: skip
-def test_plans_cover_everything_once_within_the_limits(
-    kernels, n, c, s, dtype, layout, group_size, backward, reduces, residual, aligned, on_chip, device
-):
-    if n * c * s > 2**36:
-        n = min(n, 64)
-    groups = c // group_size if group_size and c % group_size == 0 else min(group_size, 1)
-    device = DEVICES[device]
-    request = PlanRequest(Extent(n, c, s, layout), dtype, groups, backward, reduces, residual, aligned, on_chip)
-    plan = kernels.plan(request, device)
-    view = plan.view
-    assert view.matrices * view.rows * view.channels * view.group == n * c * s
-    assert plan.workspace_bytes >= 0
-    if n * c * s == 0:
-        assert plan.path == 0
-        return
-    if plan.path == 3:
-        p = plan.reduce
-        assert on_chip
-        assert reduces
-        assert not backward
-        assert groups == 0
-        assert layout == 0
-        assert p.splits == 1
-        assert p.per_split == n * p.slots_per_row
-        assert p.slots_per_row * p.vector >= s
-        assert p.reduce_bytes + 16 * p.per_split <= device.shared_per_block
-        return
-    assert plan.path == (1 if reduces else 2)
-    assert 1 <= plan.chunk_matrices <= view.matrices
-    assert 1 <= plan.chunk_groups <= plan.groups
-    # A few launches; more only where the tensor is many times as large as L2.
-    element = (4, 8, 2, 2)[dtype]
-    total = n * c * s * element * (1 + backward + residual)
-    chunks = -(-view.matrices // plan.chunk_matrices) * -(-plan.groups // plan.chunk_groups)
-    unit = max(total // plan.groups // view.matrices, 1)
-    assert chunks <= 4 * max(total / (0.4 * device.l2_bytes), 1) + 1 or unit > 0.1 * device.l2_bytes
-    for name in ("reduce", "apply") if reduces else ("apply",):
-        p = getattr(plan, name)
-        v = p.view
-        assert v.matrices * v.rows * v.channels * v.group == n * c * s
-        channels = plan.chunk_groups * (v.channels // plan.groups)
-        assert 1 <= p.splits <= device.max_grid_y
-        if p.shape == 0:
-            # Slots of a row, wherever it starts within a vector.
-            for start in range(p.vector) if v.group % p.vector or not aligned else (0,):
-                assert p.slots_per_row * p.vector >= v.group + (start if aligned else 0)
-            work, tiles = v.rows * p.slots_per_row, channels
-            assert p.per_split % 256 == 0
-        else:
-            work, tiles = v.rows, -(-channels // p.tile_channels)
-            columns = p.tile_channels * v.group
-            assert columns == p.tile_vectors * p.vector
-            assert 1 <= p.row_groups * p.tile_vectors <= 256
-            if p.vector > 1:
-                # Every vector starts at a multiple of its size and ends inside of the row.
-                first_channels = plan.chunk_groups * (v.channels // plan.groups) if channels < v.channels else 0
-                assert aligned
-                assert v.channels * v.group % p.vector == first_channels * v.group % p.vector == 0
-                assert p.tile_channels * v.group % p.vector == 0
-        assert (p.splits - 1) * p.per_split < work <= p.splits * p.per_split
-        assert plan.chunk_matrices * tiles <= device.max_grid_x
-        assert p.reduce_bytes <= 48 << 10
-
-
 # --- Sanitizers, mutations, nvcc -------------------------------------------------------------------------------------
 
 # (file, what is there, what is put there)
 MUTATIONS = {
     "missing barrier before a tile's columns are combined": (
-        "stages.cu",
+        "stats.cu",
         "  __syncthreads();\n  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto*",
         "  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto*",
     ),
@@ -508,7 +481,7 @@ MUTATIONS = {
     "mask of an unrounded z": ("elements.cuh", "kSix = 6 - 0x1p-6f", "kSix = 6"),
     "count of another row group": ("elements.cuh", "/ pass.row_groups : 0", "/ pass.row_groups + 1 : 0"),
     "another element's residual in the backward": (
-        "stages.cu",
+        "elements.cuh",
         "  if (s.residual) z += to_accumulator(residual.values[v]);\n  return activate_backward",
         "  if (s.residual) z += to_accumulator(residual.values[0]);\n  return activate_backward",
     ),
@@ -589,7 +562,7 @@ def test_nvcc_compiles_without_a_warning_or_a_spill(architecture, tmp_path):
     begin = time.monotonic()
     for source in SOURCES:
         result = subprocess.run(
-            [nvcc, *flags, "-Werror=all-warnings", "-c", ROOT / "csrc/kernels/cuda" / source, "-o", tmp_path / "out.o"],
+            [nvcc, *flags, "-Werror=all-warnings", "-c", source, "-o", tmp_path / "out.o"],
             capture_output=True,
             text=True,
         )

@@ -11,7 +11,7 @@ from helpers import ACTIVATIONS, activate, assert_same, names, randn, training_o
 from torch import nn
 
 import normfused
-from normfused import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
+from normfused import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct, backends
 
 # (ours, native's, constructor arguments, input shape).
 LAYERS = (
@@ -230,6 +230,14 @@ def test_activation_before_the_norm(backend, training, activation, pre_activatio
     (dx,), (native_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(native_y, x, dy)
     assert_same(dx, native_dx, "dx")
     assert_same(module.running_var, plain.running_var, "running_var")
+
+
+def test_an_activation_before_the_norm_is_in_the_kernel_where_that_has_it(backend):
+    fuses = getattr(backends.OPERATORS.get(backend), "FUSES_PRE_ACTIVATION", ())
+    x = randn(4, 6, 5, 3).requires_grad_()
+    y = BatchNormAct2d(6, pre_activation="silu")(x)
+    from_x = y.grad_fn.next_functions[0][0]
+    assert (type(from_x).__name__ == "AccumulateGrad") == ("cpu" in fuses)
 
 
 class Net(nn.Module):

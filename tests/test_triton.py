@@ -412,7 +412,7 @@ class OnDevice:
 def undecided(monkeypatch):
     """No decision taken yet, and Triton compiling for "cuda"."""
     monkeypatch.setattr(backends, "_decided", {})
-    monkeypatch.setattr(backends, "_triton_refused", {})
+    monkeypatch.setattr(backends, "_refused", {})
     monkeypatch.setattr(backends, "_why_not_triton", lambda device_type: None)
     monkeypatch.setattr(triton_ops, "INTERPRETED", False)
     return monkeypatch

@@ -1,14 +1,15 @@
 // Entry points of the BatchNorm kernels. Torch-free: raw pointers and sizes; nothing here allocates or throws.
 //
 // T is the element type that dtype names; A is double for float64 and float otherwise. Tensors x, y, dy, dx, residual
-// and dresidual are dense T in extent's format; all per-channel arrays are A[C].
+// and dresidual are dense T in extent's format; all per-channel arrays are A[C], but for those declared narrow: T[C].
 #pragma once
 
+#include "cuda/status.h"
 #include "types.h"
 
 namespace normfused {
 
-// y = act((x - mean) * invstd * weight + bias + residual).
+// y = act((x' - mean) * invstd * weight + bias + residual), where x' = pre_activation(x), rounded to T.
 struct BatchNormForward {
   Dtype dtype;
   Activation activation;
@@ -28,7 +29,11 @@ struct BatchNormForward {
   void* workspace;
   // CUDA only; on the CPU the caller counts. Training: incremented, or null.
   int64_t* num_batches_tracked = nullptr;
-  bool cumulative = false;  // the momentum is 1 / *num_batches_tracked instead
+  bool cumulative = false;         // the momentum is 1 / *num_batches_tracked instead
+  bool narrow_parameters = false;  // weight and bias are T
+  bool narrow_running = false;     // running_mean and running_var are T
+  Path path = Path::automatic;
+  Activation pre_activation = Activation::identity;
 };
 
 // Gradients through the activation and the normalisation; in training also through the statistics.
@@ -49,6 +54,10 @@ struct BatchNormBackward {
   void* dbias;      // or null
   void* dresidual;  // or null
   void* workspace;
+  // CUDA only, as in the forward.
+  bool narrow_parameters = false;
+  Path path = Path::automatic;
+  Activation pre_activation = Activation::identity;
 };
 
 namespace cpu {
@@ -62,12 +71,15 @@ void batch_norm_backward(const BatchNormBackward& args, ParallelFor parallel_for
 
 namespace cuda {
 
-using Status = int;  // 0 is success
-
-// Bytes of workspace that forward or backward needs on the current device, at most; nobody need initialise them.
-Status batch_norm_workspace(const Extent& extent, Dtype dtype, int64_t* forward_bytes, int64_t* backward_bytes);
+// Bytes of workspace that the very same call needs on the current device, args.workspace aside; nobody need initialise
+// them.
+Status batch_norm_workspace(const BatchNormForward& args, int64_t* bytes);
+Status batch_norm_workspace(const BatchNormBackward& args, int64_t* bytes);
 Status batch_norm_forward(const BatchNormForward& args, void* stream);
 Status batch_norm_backward(const BatchNormBackward& args, void* stream);
+
+// ++*num_batches_tracked and nothing else: for a call that fails where PyTorch's own has counted the batch already.
+Status count_batch(int64_t* num_batches_tracked, void* stream);
 
 }  // namespace cuda
 }  // namespace normfused

@@ -1,6 +1,7 @@
 // Entry points of the GroupNorm kernels; types and conventions as in batch_norm.h.
 #pragma once
 
+#include "cuda/status.h"
 #include "types.h"
 
 namespace normfused {
@@ -19,6 +20,9 @@ struct GroupNormForward {
   void* mean;  // out, A[N, groups]
   void* rstd;  // out, A[N, groups]: 1 / sqrt(var + eps)
   void* workspace;
+  // CUDA only.
+  bool narrow_parameters = false;  // weight and bias are T
+  Path path = Path::automatic;
 };
 
 struct GroupNormBackward {
@@ -36,6 +40,9 @@ struct GroupNormBackward {
   void* dweight;  // or null
   void* dbias;    // or null
   void* workspace;
+  // CUDA only, as in the forward.
+  bool narrow_parameters = false;
+  Path path = Path::automatic;
 };
 
 namespace cpu {
@@ -48,10 +55,8 @@ void group_norm_backward(const GroupNormBackward& args, ParallelFor parallel_for
 
 namespace cuda {
 
-using Status = int;
-
-Status group_norm_workspace(const Extent& extent, Dtype dtype, int64_t groups, int64_t* forward_bytes,
-                            int64_t* backward_bytes);
+Status group_norm_workspace(const GroupNormForward& args, int64_t* bytes);
+Status group_norm_workspace(const GroupNormBackward& args, int64_t* bytes);
 Status group_norm_forward(const GroupNormForward& args, void* stream);
 Status group_norm_backward(const GroupNormBackward& args, void* stream);
 

@@ -13,6 +13,9 @@ enum class Activation { identity, relu, relu6, silu, hardswish, sigmoid, leaky_r
 
 enum class MemoryFormat { contiguous, channels_last };
 
+// How the work of a CUDA call is divided. See cuda/launch_plan.h, which takes another one where that one cannot serve.
+enum class Path { automatic, empty, one_kernel, two_kernels, block, cluster, cooperative };
+
 // An input seen as N x C x S (contiguous) or N x S x C (channels_last).
 struct Extent {
   int64_t N, C, S;

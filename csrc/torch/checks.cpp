@@ -1,9 +1,6 @@
 #include "checks.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include "block_cache.h"
+#include "device.h"
 
 namespace normfused::binding {
 namespace {
@@ -42,16 +39,6 @@ bool has_channels_last_strides(const int64_t* sizes, const int64_t* strides, int
   return true;
 }
 
-Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType scalar_type,
-                     const Tensor& like) {
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(scalar_type),
-                                                         device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
 // Not torch::stable::copy_, which looks the operator up by its name on every call (5 us).
 void copy(const Tensor& to, const Tensor& from) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
@@ -70,8 +57,8 @@ Tensor empty_dense(const Tensor& like, bool channels_last, ScalarType scalar_typ
   for (int64_t d = dim - 1; d >= 0; --d) {
     if (!(channels_last && d == 1)) next(d);
   }
-  return empty_cached(sizes.data(), strides, dim, scalar_type, like,
-                      like.numel() * static_cast<int64_t>(like.element_size()));
+  return device::empty_output(sizes.data(), strides, dim, scalar_type, like,
+                              like.numel() * static_cast<int64_t>(like.element_size()));
 }
 
 bool parse_dtype(ScalarType scalar_type, Dtype& dtype) {
@@ -84,22 +71,37 @@ bool parse_dtype(ScalarType scalar_type, Dtype& dtype) {
   }
 }
 
-// Calls f(T{}) with the C++ type of a floating dtype.
-template <class F>
-void with_type(ScalarType scalar_type, F f) {
-  switch (scalar_type) {
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
-    case ScalarType::Half: return f(torch::headeronly::Half{});
-    default: return f(float{});
-  }
+}  // namespace
+
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType scalar_type,
+                     const Tensor& like) {
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(scalar_type),
+                                                         device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
-}  // namespace
+Tensor empty_vector(int64_t n, ScalarType scalar_type, const Tensor& like) {
+  const int64_t stride = 1;
+  return empty_strided(&n, &stride, 1, scalar_type, like);
+}
+
+void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
+  check(device::holds(t) && t.get_device_index() == x.get_device_index(), op, argument, " must be on the device of x, ",
+        device_of(x), ", got ", device_of(t));
+}
+
+void check_count(const char* op, const Tensor& t, const Tensor& x) {
+  check_device(op, "num_batches_tracked", t, x);
+  check(t.scalar_type() == ScalarType::Long && t.numel() == 1, op, "num_batches_tracked must be one int64, got ",
+        torch::headeronly::toString(t.scalar_type()), " of shape ", shape_of(t));
+}
 
 Input::Input(const char* op, const char* argument, const Tensor& x, Ambiguous ambiguous)
     : tensor(x), scalar_type(x.scalar_type()) {
-  check(x.is_cpu(), op, argument, " must be a CPU tensor");
+  check(device::holds(x), op, argument, " must be on ", device::kType, " as the other tensors are, got ", device_of(x));
   check(parse_dtype(scalar_type, dtype), op, argument, " must be float32, float64, float16 or bfloat16, got ",
         torch::headeronly::toString(scalar_type));
   const int64_t dim = x.dim();
@@ -119,15 +121,9 @@ Input::Input(const char* op, const char* argument, const Tensor& x, Ambiguous am
 
 Tensor Input::empty_like() const { return empty_dense(tensor, channels_last, scalar_type); }
 
-Tensor Input::empty_output() const {
-  const int64_t size = 0, stride = 1;
-  return empty_strided(&size, &stride, 1, scalar_type, tensor);
-}
+Tensor Input::empty_output() const { return empty_vector(0, scalar_type, tensor); }
 
-Tensor Input::empty_statistics(int64_t n) const {
-  const int64_t stride = 1;
-  return empty_strided(&n, &stride, 1, statistics_type(), tensor);
-}
+Tensor Input::empty_statistics(int64_t n) const { return empty_vector(n, statistics_type(), tensor); }
 
 Tensor Input::empty_statistics(int64_t n, int64_t m) const {
   const int64_t sizes[] = {n, m}, strides[] = {m > 0 ? m : 1, 1};
@@ -135,7 +131,7 @@ Tensor Input::empty_statistics(int64_t n, int64_t m) const {
 }
 
 Tensor Input::match(const char* op, const char* argument, const Tensor& t) const {
-  check(t.is_cpu(), op, argument, " must be a CPU tensor");
+  check_device(op, argument, t, tensor);
   check(t.scalar_type() == scalar_type, op, argument, " must have the dtype of x, ",
         torch::headeronly::toString(scalar_type), ", got ", torch::headeronly::toString(t.scalar_type()));
   const int64_t dim = tensor.dim();
@@ -149,11 +145,21 @@ Tensor Input::match(const char* op, const char* argument, const Tensor& t) const
   return dense;
 }
 
-ChannelArray::ChannelArray(const char* op, const char* argument, const OptionalTensor& t, const Input& input)
-    : tensor_(t), wide_(input.dtype == Dtype::float64) {
-  if (!t) return;
+ChannelArrays::ChannelArrays(const char* op, const char* first_argument, const OptionalTensor& first,
+                             const char* second_argument, const OptionalTensor& second, const Input& input,
+                             bool may_be_narrow) {
+  const auto is_narrow = [&](const OptionalTensor& t) { return !t || t->scalar_type() == input.scalar_type; };
+  narrow_ = may_be_narrow && device::kNarrowChannels && input.scalar_type != input.statistics_type() &&
+            (first || second) && is_narrow(first) && is_narrow(second);
+  first_ = array(op, first_argument, first, input);
+  second_ = array(op, second_argument, second, input);
+}
+
+ChannelArrays::Array ChannelArrays::array(const char* op, const char* argument, const OptionalTensor& t,
+                                          const Input& input) const {
+  if (!t) return {};
   const int64_t channels = input.extent.C;
-  check(t->is_cpu(), op, argument, " must be a CPU tensor");
+  check_device(op, argument, *t, input.tensor);
   check(t->dim() == 1 && t->size(0) == channels, op, argument, " must have shape (", channels,
         "), one value for each "
         "channel of x, got ",
@@ -163,40 +169,17 @@ ChannelArray::ChannelArray(const char* op, const char* argument, const OptionalT
   check(scalar_type == statistics_type || scalar_type == input.scalar_type, op, argument, " must be ",
         torch::headeronly::toString(statistics_type), " or have the dtype of x, ",
         torch::headeronly::toString(input.scalar_type), ", got ", torch::headeronly::toString(scalar_type));
-  const int64_t stride = t->stride(0);
-  if (scalar_type == statistics_type && (stride == 1 || channels <= 1)) {
-    data_ = t->mutable_data_ptr();
-    return;
+  const ScalarType wanted = narrow_ ? input.scalar_type : statistics_type;
+  if (scalar_type == wanted && (t->stride(0) == 1 || channels <= 1)) return {t, std::nullopt, t->mutable_data_ptr()};
+  Tensor dense = empty_vector(channels, wanted, *t);
+  copy(dense, *t);
+  return {t, dense, dense.mutable_data_ptr()};
+}
+
+void ChannelArrays::write_back() const {
+  for (const Array* array : {&first_, &second_}) {
+    if (array->copy) copy(*array->tensor, *array->copy);
   }
-  copy_.resize(channels);
-  data_ = copy_.data();
-  with_type(scalar_type, [&](auto type) {
-    const auto* from = static_cast<const decltype(type)*>(t->const_data_ptr());
-    for (int64_t c = 0; c < channels; ++c) {
-      if (wide_) {
-        static_cast<double*>(data_)[c] = static_cast<double>(from[c * stride]);
-      } else {
-        static_cast<float*>(data_)[c] = static_cast<float>(from[c * stride]);
-      }
-    }
-  });
-}
-
-void ChannelArray::write_back() const {
-  if (copy_.empty()) return;
-  const int64_t stride = tensor_->stride(0);
-  with_type(tensor_->scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    auto* to = static_cast<T*>(tensor_->mutable_data_ptr());
-    for (int64_t c = 0; c < static_cast<int64_t>(copy_.size()); ++c) {
-      to[c * stride] = wide_ ? static_cast<T>(static_cast<const double*>(data_)[c])
-                             : static_cast<T>(static_cast<const float*>(data_)[c]);
-    }
-  });
-}
-
-void parallel_for(int64_t tasks, ParallelBody body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, body, context));
 }
 
 }  // namespace normfused::binding

@@ -6,12 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "../kernels/types.h"
 
@@ -33,7 +31,7 @@ void check(bool ok, const char* op, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-// A tensor's shape in a message; formatted only when the message is.
+// A tensor's shape or device in a message; formatted only when the message is.
 struct shape_of {
   const Tensor& tensor;
   explicit shape_of(const Tensor& t) : tensor(t) {}
@@ -43,6 +41,16 @@ inline std::ostream& operator<<(std::ostream& out, const shape_of& shape) {
   out << "(";
   for (int64_t d = 0; d < shape.tensor.dim(); ++d) out << (d ? ", " : "") << shape.tensor.size(d);
   return out << ")";
+}
+
+struct device_of {
+  const Tensor& tensor;
+  explicit device_of(const Tensor& t) : tensor(t) {}
+};
+
+inline std::ostream& operator<<(std::ostream& out, const device_of& device) {
+  if (device.tensor.is_cpu()) return out << "cpu";
+  return out << (device.tensor.is_cuda() ? "cuda:" : "device ") << device.tensor.get_device_index();
 }
 
 inline Activation parse_activation(const char* op, const char* argument, const std::optional<std::string>& name) {
@@ -84,35 +92,39 @@ struct Input {
   Tensor match(const char* op, const char* argument, const Tensor& t) const;
 };
 
-// A per-channel argument as an array of the statistics' dtype: the tensor's own memory where it is one already,
-// otherwise a converted copy.
-class ChannelArray {
+// Two per-channel arguments that the kernels take as arrays of one dtype.
+class ChannelArrays {
  public:
-  ChannelArray(const char* op, const char* argument, const OptionalTensor& t, const Input& input);
+  ChannelArrays(const char* op, const char* first_argument, const OptionalTensor& first, const char* second_argument,
+                const OptionalTensor& second, const Input& input, bool may_be_narrow = true);
 
   // Null if the argument is None.
-  void* data() const { return data_; }
-  // Brings what the kernel wrote back into the tensor, if it wrote into a copy.
+  void* first() const { return first_.data; }
+  void* second() const { return second_.data; }
+  // The arrays have x's own 16-bit dtype; otherwise that of the statistics.
+  bool narrow() const { return narrow_; }
+  // Brings what the kernel wrote back into the tensors, where it wrote into copies.
   void write_back() const;
 
  private:
-  OptionalTensor tensor_;
-  std::vector<double> copy_;  // holds float or double
-  bool wide_ = false;
-  void* data_ = nullptr;
+  struct Array {
+    OptionalTensor tensor, copy;
+    void* data = nullptr;
+  };
+  Array array(const char* op, const char* argument, const OptionalTensor& t, const Input& input) const;
+
+  bool narrow_;
+  Array first_, second_;
 };
 
-// Memory for a kernel's partial sums.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) : memory_(bytes ? new double[bytes / sizeof(double) + 1] : nullptr) {}
-  void* data() const { return memory_.get(); }
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType scalar_type,
+                     const Tensor& like);
+Tensor empty_vector(int64_t n, ScalarType scalar_type, const Tensor& like);
 
- private:
-  std::unique_ptr<double[]> memory_;
-};
+// num_batches_tracked must be one int64 on the device of x.
+void check_count(const char* op, const Tensor& num_batches_tracked, const Tensor& x);
 
-// torch's thread pool, as the kernels want it.
-void parallel_for(int64_t tasks, ParallelBody body, void* context);
+// argument must be on the device of x.
+void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& x);
 
 }  // namespace normfused::binding

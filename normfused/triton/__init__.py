@@ -9,6 +9,8 @@ from .. import ops
 from . import batch_norm, group_norm
 from .launch import INTERPRETED
 
+FUSES_PRE_ACTIVATION = ()
+
 
 def _register(function, fake, mutates_args=()):
     """Register an operator; torch.compile sees the kernels inside of it, unless they are interpreted."""

@@ -38,6 +38,22 @@ def _check_written(op, argument, t):
     )
 
 
+def _check_disjoint(op, running_mean, running_var):
+    """Both are written, channel by channel: a place that they share would hold whichever came last."""
+    # What torch.compile traces with has no addresses.
+    traced = type(running_mean) is not torch.Tensor or running_mean.is_meta or torch._is_functional_tensor(running_mean)
+    if running_mean is None or traced or running_mean.numel() == 0:
+        return
+    stride = running_mean.stride(-1) * running_mean.element_size() if running_mean.dim() == 1 else 0
+    distance = running_var.data_ptr() - running_mean.data_ptr()
+    same_strides = stride > 0 and running_var.stride() == running_mean.stride() and distance % stride == 0
+    check(
+        distance != 0 and not (same_strides and abs(distance // stride) < running_mean.numel()),
+        op,
+        lambda: "running_mean and running_var are written in place and must not overlap",
+    )
+
+
 def _extent(x, memory_format):
     n, c = x.shape[:2]
     s = x.shape[2:].numel()
@@ -82,6 +98,7 @@ def batch_norm_act(
         )
         _check_written(op, "running_mean", running_mean)
         _check_written(op, "running_var", running_var)
+        _check_disjoint(op, running_mean, running_var)
     else:
         check(eps >= 0, op, lambda: f"eps must not be negative, got {eps}")
         check(running_mean is not None, op, lambda: "running_mean must be given in evaluation")

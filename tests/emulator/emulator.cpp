@@ -561,7 +561,7 @@ bool async_next(int groups, AsyncCopy* copy) {
 
 namespace normfused::cuda {
 
-const char* status_message(Status status) { return status == 0 ? "no error" : emulator::machine.error.c_str(); }
+const char* runtime_message(Status status) { return status == 0 ? "no error" : emulator::machine.error.c_str(); }
 
 Status current_device(int* device) {
   *device = 0;

@@ -253,7 +253,7 @@ T* cluster_map(T* shared, int rank, NORMFUSED_CALLER) {
   return static_cast<T*>(emulator::peer_shared(shared, rank, {"cluster_map", file, line}));
 }
 
-const char* status_message(Status status);
+const char* runtime_message(Status status);
 Status current_device(int* device);
 Status device_limits(int device, DeviceLimits* limits);
 

@@ -1,7 +1,6 @@
-// The kernels' entry points, the launch plan and the emulator's controls in plain C, for ctypes.
+// The kernels' entry points and the emulator's controls in plain C, for ctypes.
 #include "../../csrc/kernels/batch_norm.h"
 #include "../../csrc/kernels/cuda/device.cuh"
-#include "../../csrc/kernels/cuda/launch_plan.h"
 #include "../../csrc/kernels/group_norm.h"
 
 #include <string>
@@ -15,21 +14,19 @@ int batch_norm_backward(const BatchNormBackward* args) { return cuda::batch_norm
 int group_norm_forward(const GroupNormForward* args) { return cuda::group_norm_forward(*args, nullptr); }
 int group_norm_backward(const GroupNormBackward* args) { return cuda::group_norm_backward(*args, nullptr); }
 
-// groups = 0: BatchNorm.
-int64_t workspace_bytes(const Extent* extent, int dtype, int64_t groups, bool backward) {
-  int64_t bytes[2];
-  const auto type = static_cast<Dtype>(dtype);
-  if (groups == 0) {
-    cuda::batch_norm_workspace(*extent, type, &bytes[0], &bytes[1]);
-  } else {
-    cuda::group_norm_workspace(*extent, type, groups, &bytes[0], &bytes[1]);
-  }
-  return bytes[backward];
+int batch_norm_forward_workspace(const BatchNormForward* args, int64_t* bytes) {
+  return cuda::batch_norm_workspace(*args, bytes);
 }
-
-void plan_launches(const cuda::PlanRequest* request, const cuda::DeviceLimits* limits, cuda::LaunchPlan* plan) {
-  *plan = cuda::plan_launches(*request, *limits);
+int batch_norm_backward_workspace(const BatchNormBackward* args, int64_t* bytes) {
+  return cuda::batch_norm_workspace(*args, bytes);
 }
+int group_norm_forward_workspace(const GroupNormForward* args, int64_t* bytes) {
+  return cuda::group_norm_workspace(*args, bytes);
+}
+int group_norm_backward_workspace(const GroupNormBackward* args, int64_t* bytes) {
+  return cuda::group_norm_workspace(*args, bytes);
+}
+int count_batch(int64_t* num_batches_tracked) { return cuda::count_batch(num_batches_tracked, nullptr); }
 
 void set_schedule(int schedule, uint64_t seed) {
   emulator::set_schedule(static_cast<emulator::Schedule>(schedule), seed);

@@ -231,7 +231,7 @@ bool run(void (*kernel)(P...), const LaunchConfig& config, A... args) {
 #ifndef NORMFUSED_EMULATOR
   if (status == 0) status = cudaDeviceSynchronize();
 #endif
-  if (status != 0 && found.empty()) found = status_message(status);
+  if (status != 0 && found.empty()) found = runtime_message(status);
   return status == 0;
 }
 
@@ -409,7 +409,7 @@ void test_refusals() {
   require(current_device(&device) == 0 && device_limits(device, &limits) == 0, "limits");
   const auto refused = [](const LaunchConfig& config) {
     const Status status = launch(warp_kernel, config, nullptr, nullptr);
-    require(status != 0 && std::strlen(status_message(status)) > 0, "refusals");
+    require(status != 0 && std::strlen(runtime_message(status)) > 0, "refusals");
   };
   refused({.block = 2048});
   refused({.grid_x = 0});
@@ -463,8 +463,8 @@ void test_reports() {
   unsigned never = 0;
   const auto reports = [](const char* expected, auto kernel, auto... args) {
     const Status status = launch(kernel, {.block = 64, .name = "wrong"}, nullptr, args...);
-    require(status != 0 && std::strstr(status_message(status), expected), expected);
-    if (!found.empty()) found += std::string(", but: ") + status_message(status);
+    require(status != 0 && std::strstr(runtime_message(status), expected), expected);
+    if (!found.empty()) found += std::string(", but: ") + runtime_message(status);
   };
   emulator::clear_launches();
   reports("others wait at __syncthreads", diverge_kernel);

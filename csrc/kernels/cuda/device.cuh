@@ -11,6 +11,7 @@
 
 #include "../inline.h"
 #include "device_limits.h"
+#include "status.h"
 
 namespace normfused::cuda {
 
@@ -36,9 +37,6 @@ struct AccumulatorOf<double> {
 // The type that T is computed in: double for double, float for everything else.
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
-
-// What every host function returns: 0 is success, status_message() explains the rest.
-using Status = int;
 
 NORMFUSED_INLINE float to_accumulator(float value) { return value; }
 NORMFUSED_INLINE double to_accumulator(double value) { return value; }
@@ -202,7 +200,7 @@ __device__ __forceinline__ T* cluster_map(T* shared, int rank) {
 // --- Host: limits and launches
 // ----------------------------------------------------------------------------------------
 
-inline const char* status_message(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+inline const char* runtime_message(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
 inline Status current_device(int* device) { return cudaGetDevice(device); }
 

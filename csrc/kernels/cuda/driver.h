@@ -3,6 +3,7 @@
 
 #include <initializer_list>
 
+#include "../batch_norm.h"
 #include "stages.h"
 
 namespace normfused::cuda {
@@ -26,27 +27,26 @@ inline bool aligned(std::initializer_list<const void*> tensors) {
   return true;
 }
 
-inline Status current_limits(DeviceLimits* limits) {
-  int device;
-  if (const Status status = current_device(&device)) return status;
-  return device_limits(device, limits);
+// Of the per-channel arrays of a call.
+inline Dtype channel_dtype(Dtype dtype, bool narrow) {
+  if (narrow) return dtype;
+  return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
 }
 
-// Whatever the pointers' alignment.
-inline Status workspace_bytes(PlanRequest request, int64_t* forward_bytes, int64_t* backward_bytes) {
+// The plan for the current device.
+inline Status plan_here(const PlanRequest& request, LaunchPlan* plan) {
+  int device;
   DeviceLimits limits;
-  if (const Status status = current_limits(&limits)) return status;
-  *forward_bytes = *backward_bytes = 0;
-  for (const bool is_aligned : {false, true}) {
-    for (const bool residual : {false, true}) {
-      request.aligned = is_aligned;
-      request.residual = residual;
-      request.direction = Direction::forward;
-      *forward_bytes = at_least(*forward_bytes, plan_launches(request, limits).workspace_bytes);
-      request.direction = Direction::backward;
-      *backward_bytes = at_least(*backward_bytes, plan_launches(request, limits).workspace_bytes);
-    }
-  }
+  if (const Status status = current_device(&device)) return status;
+  if (const Status status = device_limits(device, &limits)) return status;
+  *plan = plan_launches(request, limits);
+  return 0;
+}
+
+inline Status workspace_bytes(const PlanRequest& request, int64_t* bytes) {
+  LaunchPlan plan;
+  if (const Status status = plan_here(request, &plan)) return status;
+  *bytes = plan.workspace_bytes;
   return 0;
 }
 
@@ -60,7 +60,7 @@ inline Chunk everything(const LaunchPlan& plan) { return {0, plan.view.matrices,
 
 // stage holds the tensors, partials the workspace.
 template <class T>
-Status run_forward(const LaunchPlan& plan, Stage<T> stage, double eps, const RunningStatistics<Accumulator<T>>& running,
+Status run_forward(const LaunchPlan& plan, Stage<T> stage, double eps, const RunningStatistics& running,
                    Accumulator<T>* mean, Accumulator<T>* invstd, void* stream) {
   stage.groups = plan.groups;
   stage.mean = mean;
@@ -70,9 +70,14 @@ Status run_forward(const LaunchPlan& plan, Stage<T> stage, double eps, const Run
     if (stage.chunk.matrices == 0) return 0;
     return finish_stats(stage, eps, running, mean, invstd, stream);
   }
-  if (plan.path == Path::on_chip) {
+  if (plan.path == Path::block) {
     set_pass(&stage, plan.reduce, everything(plan));
-    stage.num_batches_tracked = running.num_batches_tracked;
+    if (running.cumulative && running.num_batches_tracked) {
+      // Who counts the batch must not race with who reads the count.
+      if (const Status status = count_batch(running.num_batches_tracked, stream)) return status;
+    } else {
+      stage.num_batches_tracked = running.num_batches_tracked;
+    }
     return channel_forward(stage, eps, running, mean, invstd, stream);
   }
   for (int64_t i = 0; i < plan.chunks(); ++i) {

@@ -23,7 +23,8 @@ struct Rounding<Float16> {
   static constexpr float kZero = 0x1p-25f, kSix = 6 - 0x1p-9f;
 };
 
-// An activation chosen at run time: where speed is not worth a kernel of its own.
+// Activations chosen at run time: where speed is not worth a kernel of its own. Only these kernels know a
+// pre_activation.
 struct AnyActivation {};
 
 template <class F>
@@ -62,6 +63,46 @@ __device__ __forceinline__ A activate_backward(A z, A dy, Activation activation)
   }
 }
 
+// Element v of x as it is normalised.
+template <class Act, class T>
+__device__ __forceinline__ Accumulator<T> input(const Stage<T>& s, T x) {
+  if constexpr (std::is_same_v<Act, AnyActivation>) {
+    if (s.pre_activation != Activation::identity) {
+      x = activate<AnyActivation, T>(Accumulator<T>(to_accumulator(x)), s.pre_activation);
+    }
+  }
+  return to_accumulator(x);
+}
+
+// The gradient of x, given that of what input() makes of it.
+template <class Act, class T>
+__device__ __forceinline__ Accumulator<T> input_backward(const Stage<T>& s, T x, Accumulator<T> dx) {
+  if constexpr (std::is_same_v<Act, AnyActivation>) {
+    if (s.pre_activation != Activation::identity) {
+      return activate_backward<AnyActivation, T>(Accumulator<T>(to_accumulator(x)), dx, s.pre_activation);
+    }
+  }
+  return dx;
+}
+
+// An element of a per-channel array, A or of the 16-bit type that A computes.
+template <class A>
+__device__ __forceinline__ A load_channel(const void* array, Dtype dtype, int64_t channel) {
+  if (dtype == Dtype::bfloat16) return to_accumulator(static_cast<const BFloat16*>(array)[channel]);
+  if (dtype == Dtype::float16) return to_accumulator(static_cast<const Float16*>(array)[channel]);
+  return static_cast<const A*>(array)[channel];
+}
+
+__device__ __forceinline__ void store_channel(void* array, Dtype dtype, int64_t channel, double value) {
+  const auto single = static_cast<float>(value);
+  switch (dtype) {
+    case Dtype::float64: static_cast<double*>(array)[channel] = value; break;
+    case Dtype::float32: static_cast<float*>(array)[channel] = single; break;
+    case Dtype::bfloat16: static_cast<BFloat16*>(array)[channel] = from_accumulator<BFloat16>(single); break;
+    case Dtype::float16: static_cast<Float16*>(array)[channel] = from_accumulator<Float16>(single); break;
+  }
+}
+
 template <class A>
 struct ChannelParameters {
   A mean, invstd, weight, scale, bias;
@@ -80,10 +121,17 @@ struct GradientCoefficients {
 };
 
 template <class T, class A = Accumulator<T>>
+__device__ __forceinline__ ChannelParameters<A> channel_parameters(const Stage<T>& s, A mean, A invstd,
+                                                                   int64_t channel) {
+  const A weight = s.weight ? load_channel<A>(s.weight, s.parameter_dtype, channel) : A(1);
+  const A bias = s.bias ? load_channel<A>(s.bias, s.parameter_dtype, channel) : A(0);
+  return {mean, invstd, weight, invstd * weight, bias};
+}
+
+template <class T, class A = Accumulator<T>>
 __device__ __forceinline__ ChannelParameters<A> load_parameters(const Stage<T>& s, int64_t matrix, int64_t channel) {
   const int64_t unit = matrix * s.groups + channel / s.depth();
-  const A invstd = s.invstd[unit], weight = s.weight ? s.weight[channel] : A(1);
-  return {s.mean[unit], invstd, weight, invstd * weight, s.bias ? s.bias[channel] : A(0)};
+  return channel_parameters<T>(s, s.mean[unit], s.invstd[unit], channel);
 }
 
 template <class T, class A = Accumulator<T>>
@@ -219,6 +267,37 @@ __device__ __forceinline__ void for_each_row(const Columns<V>& c, F f) {
   int64_t row = c.row;
   for (; row + (kBatch - 1) * step < c.end; row += kBatch * step) f(row, std::integral_constant<int, kBatch>{});
   for (; row < c.end; row += step) f(row, std::integral_constant<int, 1>{});
+}
+
+// --- Vectors -------------------------------------------------------------------------------------------------------
+
+// y at element v of vectors.
+template <class Act, class T, class A, int V>
+__device__ __forceinline__ T output(const Stage<T>& s, const ChannelParameters<A>& p, const Vector<T, V>& x,
+                                    const Vector<T, V>& residual, int v) {
+  A z = p.z(input<Act>(s, x.values[v]));
+  if (s.residual) z += to_accumulator(residual.values[v]);
+  return activate<Act, T>(z, s.activation);
+}
+
+// The gradient of z at element v of vectors.
+template <class Act, class T, class A, int V>
+__device__ __forceinline__ A gradient(const Stage<T>& s, const ChannelParameters<A>& p, const Vector<T, V>& x,
+                                      const Vector<T, V>& dy, const Vector<T, V>& residual, int v) {
+  A z = p.z(input<Act>(s, x.values[v]));
+  if (s.residual) z += to_accumulator(residual.values[v]);
+  return activate_backward<Act, T>(z, A(to_accumulator(dy.values[v])), s.activation);
+}
+
+// Puts dx in the place of x, and dz in the place of dy, at element v.
+template <class Act, class T, class A, int V>
+__device__ __forceinline__ void differentiate(const Stage<T>& s, const ChannelParameters<A>& p,
+                                              const GradientCoefficients<A>& coefficients, Vector<T, V>& x,
+                                              Vector<T, V>& dy, const Vector<T, V>& residual, int v) {
+  const A dz = gradient<Act>(s, p, x, dy, residual, v);
+  const A dx = s.offset ? coefficients.dx(input<Act>(s, x.values[v]), dz, p) : dz * p.scale;
+  x.values[v] = from_accumulator<T>(input_backward<Act>(s, x.values[v], dx));
+  dy.values[v] = from_accumulator<T>(dz);
 }
 
 }  // namespace normfused::cuda

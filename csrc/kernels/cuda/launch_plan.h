@@ -61,13 +61,6 @@ struct Chunk {
   int64_t matrix, matrices, group, groups;
 };
 
-enum class Path {
-  empty,
-  two_kernels,  // a reduction and an elementwise pass
-  one_kernel,   // the elementwise pass alone
-  on_chip,      // forward: a block per channel, which it keeps in shared memory between the two
-};
-
 enum class Direction { forward, backward };
 
 struct PlanRequest {
@@ -77,10 +70,12 @@ struct PlanRequest {
   Direction direction;
   bool reduces = true;  // false: evaluation, statistics are given
   bool residual = false;
-  bool aligned = true;   // all tensors start at a multiple of 16 bytes
-  bool on_chip = false;  // where it fits
+  bool aligned = true;  // all tensors start at a multiple of 16 bytes
+  Path path = Path::automatic;
 };
 
+// Path::one_kernel: the elementwise pass alone; two_kernels: a reduction before it; block: both in one, forward, a
+// block per channel, which it keeps in shared memory between the two.
 struct LaunchPlan {
   Path path;
   View view;
@@ -176,6 +171,13 @@ inline Pass plan_channels(const View& view, int vector, bool aligned) {
 // Shared memory of a block that keeps its slots, of 16 bytes.
 inline size_t on_chip_bytes(const Pass& pass) { return pass.reduce_bytes + 16 * size_t(pass.per_split); }
 
+// Of a plan whose path is block.
+inline LaunchConfig on_chip_config(const LaunchPlan& plan) {
+  LaunchConfig config = pass_config(plan.reduce, {0, plan.view.matrices, 0, plan.groups}, plan.groups, "");
+  config.shared_bytes = on_chip_bytes(plan.reduce);
+  return config;
+}
+
 inline LaunchPlan plan_launches(const PlanRequest& request, const DeviceLimits& limits) {
   const Extent& e = request.extent;
   const bool contiguous = e.format == MemoryFormat::contiguous, batch_norm = request.groups == 0;
@@ -232,13 +234,14 @@ inline LaunchPlan plan_launches(const PlanRequest& request, const DeviceLimits& 
   const View groups = {plan.view.matrices, 1, plan.groups, depth * plan.view.group};
   const bool joined = !backward && contiguous && !batch_norm && groups.group >= kPlane;
   plan.reduce = pass(joined ? groups : plan.view, true);
-  if (request.on_chip && contiguous && batch_norm && !backward && bytes < 8 && e.C >= limits.multiprocessors) {
+  const bool free = request.path == Path::automatic || request.path == Path::block;
+  if (free && contiguous && batch_norm && !backward && bytes < 8 && e.C >= limits.multiprocessors) {
     const Pass pass = plan_channels(plan.view, vector, request.aligned);
     // Two blocks on a multiprocessor, so that one loads while the other stores; and no waste at both ends of planes.
     const size_t room = limits.shared_per_multiprocessor / 2 - limits.shared_reserved_per_block;
     const size_t needed = on_chip_bytes(pass);
     if (needed <= room && needed <= limits.shared_per_block && e.S * bytes >= 256 && e.C <= limits.max_grid_x) {
-      plan.path = Path::on_chip;
+      plan.path = Path::block;
       plan.reduce = pass;
       plan.chunk_groups = plan.groups;
       plan.workspace_bytes = 0;

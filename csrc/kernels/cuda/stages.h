@@ -13,7 +13,7 @@ struct Stage {
   Pass pass;
   Chunk chunk;
   int64_t groups;  // per matrix
-  Activation activation;
+  Activation activation, pre_activation;
   const T* x;
   const T* dy;
   const T* residual;  // or null
@@ -21,8 +21,9 @@ struct Stage {
   T* dresidual;       // or null
   const A* mean;      // [matrices][groups], and invstd
   const A* invstd;
-  const A* weight;  // [channels], or null
-  const A* bias;    // or null
+  const void* weight;  // parameter_dtype[channels], or null
+  const void* bias;    // or null
+  Dtype parameter_dtype;
   const A* offset;  // [matrices][groups], or null: the gradient does not go through the statistics
   const A* slope;
   int64_t* num_batches_tracked;  // stats: incremented, or null
@@ -31,10 +32,10 @@ struct Stage {
   NORMFUSED_INLINE int64_t depth() const { return pass.view.channels / groups; }
 };
 
-template <class A>
 struct RunningStatistics {
-  A* mean;  // or null
-  A* var;
+  void* mean;  // dtype[channels], or null
+  void* var;   // likewise
+  Dtype dtype;
   double momentum;
   bool cumulative;               // the momentum is 1 / *num_batches_tracked
   int64_t* num_batches_tracked;  // incremented here only if the batch is empty
@@ -49,15 +50,15 @@ Status backward_reduce(const Stage<T>& stage, void* stream);
 template <class T>
 Status backward_apply(const Stage<T>& stage, void* stream);
 
-// Both in one, statistics included: of BatchNorm, not in float64, not cumulative, where a channel fits on chip.
+// Both in one, statistics included: of BatchNorm, not in float64, where a channel fits on chip.
 template <class T>
-Status channel_forward(const Stage<T>& stage, double eps, const RunningStatistics<Accumulator<T>>& running,
-                       Accumulator<T>* mean, Accumulator<T>* invstd, void* stream);
+Status channel_forward(const Stage<T>& stage, double eps, const RunningStatistics& running, Accumulator<T>* mean,
+                       Accumulator<T>* invstd, void* stream);
 
 // Partials of stats to mean and invstd of the chunk's groups; without values both are 0 and nothing is running.
 template <class T>
-Status finish_stats(const Stage<T>& stage, double eps, const RunningStatistics<Accumulator<T>>& running,
-                    Accumulator<T>* mean, Accumulator<T>* invstd, void* stream);
+Status finish_stats(const Stage<T>& stage, double eps, const RunningStatistics& running, Accumulator<T>* mean,
+                    Accumulator<T>* invstd, void* stream);
 // Partials of backward_reduce to offset and slope of the chunk's groups.
 template <class T>
 Status finish_backward(const Stage<T>& stage, Accumulator<T>* offset, Accumulator<T>* slope, void* stream);

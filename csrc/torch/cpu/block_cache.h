@@ -6,11 +6,11 @@
 // them when it is short of memory.
 #pragma once
 
-#include "checks.h"
+#include "../checks.h"
 
 namespace normfused::binding {
 
-// A tensor like aoti_torch_empty_strided's, of `bytes` in all, in a block from the cache if it is on the CPU and large.
+// A tensor like aoti_torch_empty_strided's, of `bytes` in all, in a block from the cache if it is large.
 Tensor empty_cached(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType scalar_type,
                     const Tensor& like, int64_t bytes);
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <mutex>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -23,16 +24,6 @@ constexpr int64_t kLeast = int64_t{1} << 20;
 constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
 // A block serves requests down to 7/8 of its size.
 bool fits(int64_t block, int64_t bytes) { return block >= bytes && block - block / 8 <= bytes; }
-
-Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType scalar_type,
-                     const Tensor& like) {
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(scalar_type),
-                                                         device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
-}
 
 // Huge pages make page faults 512 times fewer. Advice only: what is not mapped there, or a kernel without huge pages,
 // makes no difference. The range is rounded outwards: a block from malloc's heap shares its first and last huge page
@@ -160,7 +151,7 @@ BlockCache& cache() {
 
 Tensor empty_cached(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType scalar_type,
                     const Tensor& like, int64_t bytes) {
-  if (bytes < kLeast || !like.is_cpu()) return empty_strided(sizes, strides, dim, scalar_type, like);
+  if (bytes < kLeast) return empty_strided(sizes, strides, dim, scalar_type, like);
   if (!torch_from_blob) {
     Tensor result = empty_strided(sizes, strides, dim, scalar_type, like);
     advise_huge_pages(result.mutable_data_ptr(), bytes);
@@ -168,8 +159,7 @@ Tensor empty_cached(const int64_t* sizes, const int64_t* strides, int64_t dim, S
   }
   Block* block = cache().take(bytes);
   if (!block) {
-    const int64_t stride = 1;
-    Tensor memory = empty_strided(&bytes, &stride, 1, ScalarType::Byte, like);
+    Tensor memory = empty_vector(bytes, ScalarType::Byte, like);
     void* data = memory.mutable_data_ptr();
     advise_huge_pages(data, bytes);
     block = new Block{std::move(memory), data, bytes};

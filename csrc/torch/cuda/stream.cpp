@@ -1,0 +1,18 @@
+// For the declaration of aoti_torch_get_current_cuda_stream.
+#define USE_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "../device.h"
+#include "stream.h"
+
+namespace normfused::binding::device {
+
+const char* const kType = "cuda";
+
+bool holds(const Tensor& t) { return t.is_cuda(); }
+
+CurrentStream::CurrentStream(const Tensor& x) : guard_(x.get_device_index()) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+}
+
+}  // namespace normfused::binding::device

@@ -1,0 +1,60 @@
+"""The CUDA binding over the emulated kernels, torch.ops.normfused_emulated.*: the tests' backend "emulated"."""
+
+import functools
+import shutil
+import tempfile
+import types
+from pathlib import Path
+
+import emulated
+import torch
+from torch.utils import cpp_extension
+
+from normfused import ops
+
+NAMES = ("batch_norm_act", "batch_norm_act_backward", "group_norm_act", "group_norm_act_backward")
+
+
+def why_not():
+    """Why there is no emulator here, or None."""
+    if ops.WHY_NOT is not None:
+        return ops.WHY_NOT
+    return None if shutil.which(emulated.COMPILER[0]) else f"no C++ compiler ({emulated.COMPILER[0]}) was found"
+
+
+@functools.cache
+def folder():
+    """Where the session's build lies, until Python exits."""
+    return tempfile.TemporaryDirectory(prefix="normfused-emulator-")
+
+
+@functools.cache
+def built():
+    """The paths of the emulated kernels' library and of the emulator's object."""
+    return emulated.build(Path(folder().name))
+
+
+def build_binding():
+    here, objects = Path(folder().name), []
+    flags = ["-O1", "-DNORMFUSED_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+    flags += [f"-isystem{path}" for path in cpp_extension.include_paths()] + ["-fvisibility=hidden"]
+    binding = emulated.ROOT / "csrc/torch"
+    sources = [*binding.glob("*.cpp"), binding / "cuda/device.cpp", emulated.ROOT / "tests/emulator/library.cpp"]
+    for source in sources:
+        objects.append(here / f"binding_{source.stem}.o")
+        emulated.compile_with(*flags, "-c", source, "-o", objects[-1])
+    library = here / "liboperators.so"
+    torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+    emulated.compile_with("-shared", *objects, built()[0], *torch_libraries, f"-Wl,-rpath,{here}", "-o", library)
+    return library
+
+
+@functools.cache
+def operators():
+    """What normfused.ops is to the extension."""
+    torch.ops.load_library(build_binding())
+    for name in NAMES:
+        torch.library.register_fake(f"normfused_emulated::{name}", getattr(ops, f"fake_{name}"))
+    namespace = torch.ops.normfused_emulated
+    operators = {name: getattr(namespace, name).default for name in NAMES}
+    return types.SimpleNamespace(**operators, FUSES_PRE_ACTIVATION=("cpu",))
