@@ -149,6 +149,22 @@ def test_a_provider_with_wrong_numbers_becomes_a_row(tmp_path, monkeypatch):
     assert all("y: " in failure and "elements wrong" in failure for failure in failures)
 
 
+def test_a_case_for_which_there_is_no_memory_becomes_rows(tmp_path, monkeypatch):
+    inputs = cases.inputs
+
+    def too_large(case, *rest):
+        if case.shape[1] == 5:
+            raise RuntimeError("CUDA out of memory")
+        return inputs(case, *rest)
+
+    monkeypatch.setattr(cases, "inputs", too_large)
+    small = ("--batch", "2", "--dtype", "float32", "--layout", "contiguous", "--providers", "eager", "normfused")
+    status, content = run_ops(tmp_path, "--shape", "5,3", "4,3", *small)
+    assert status == 0
+    failures = {(row["shape"][1], row["failure"]) for row in content["rows"]}
+    assert failures == {(4, None), (5, "RuntimeError: CUDA out of memory")}
+
+
 def test_interruption_keeps_what_was_measured_and_resuming_measures_the_rest(tmp_path, monkeypatch):
     measure, begun = ops.measure, []
 
@@ -259,6 +275,15 @@ def test_the_check_of_evaluation_uses_the_running_statistics(groups):
     assert check.check(case, inputs, layer.parameters, {"eager": (y,)}, statistics) == {"eager": None}
     y.view(-1)[7] += 1e-2
     assert check.check(case, inputs, layer.parameters, {"eager": (y,)}, statistics)["eager"].startswith("y: 1 of ")
+
+
+def test_only_ours_has_to_keep_the_memory_format():
+    case = cases.Case("own", (2, 4, 5, 5), "float32", "channels_last")
+    inputs, statistics = cases.inputs(case), providers.statistics(case, "cpu")
+    layer = providers.eager(case, "cpu", False)
+    y = layer.run(inputs.x).detach().contiguous()
+    verdicts = check.check(case, inputs, layer.parameters, {"eager": (y,), "normfused": (y,)}, statistics)
+    assert verdicts == {"eager": None, "normfused": "y is not channels_last as x is"}
 
 
 def test_floor_bytes():
