@@ -185,7 +185,10 @@ def _batch_norm_act(
     arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, pre_activation)
     try:
         grad_enabled = torch.is_grad_enabled()
-        if grad_enabled and running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        if grad_enabled and (
+            (running_mean is not None and running_mean.requires_grad)
+            or (running_var is not None and running_var.requires_grad)
+        ):
             raise RuntimeError("batch_norm_act: running_mean and running_var get no gradient and must not require one")
         if not (
             grad_enabled
@@ -252,6 +255,12 @@ def _batch_norm_error(input, running_mean, running_var, training, eps, activatio
             f"batch_norm_act: residual of shape {tuple(residual.shape)} does not match "
             f"input of shape {tuple(input.shape)}"
         )
+    # PyTorch's own operators notice when the running statistics are written already.
+    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("residual", residual)):
+        if isinstance(t, torch.Tensor) and t.device != input.device:
+            return RuntimeError(
+                f"batch_norm_act: {name} must be on the device of input, {input.device}, got {t.device}"
+            )
     return None
 
 
