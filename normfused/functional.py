@@ -153,7 +153,10 @@ def _batch_norm_act(
     by_torch = backend == "torch"
     compiling = torch.compiler.is_compiling()
     if by_torch or compiling or pre_activation is not None or input.is_meta:
-        error = _batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, pre_activation)
+        tensors = {"running_mean": running_mean, "running_var": running_var, "residual": residual}
+        error = _not_tensors("batch_norm_act", **tensors) or _batch_norm_error(
+            input, running_mean, running_var, training, eps, activation, residual, pre_activation
+        )
         if error is not None:
             # torch.nn.BatchNorm counts the batch before it finds anything wrong with it; so does our operator.
             if num_batches_tracked is not None:
@@ -257,7 +260,7 @@ def _batch_norm_error(input, running_mean, running_var, training, eps, activatio
         )
     # PyTorch's own operators notice when the running statistics are written already.
     for name, t in (("running_mean", running_mean), ("running_var", running_var), ("residual", residual)):
-        if isinstance(t, torch.Tensor) and t.device != input.device:
+        if t is not None and t.device != input.device:
             return RuntimeError(
                 f"batch_norm_act: {name} must be on the device of input, {input.device}, got {t.device}"
             )

@@ -23,6 +23,7 @@ from emulated import (
     Kernels,
     build,
     compiler_or_skip,
+    rebuild,
 )
 from emulated import limits as device_limits
 
@@ -55,11 +56,22 @@ SHAPES = (
     (1, 2, 9000),
 )
 SMALL_L2 = device_limits(multiprocessors=2, l2_bytes=8192)
+ON_CHIP = ("block", "cluster", "cooperative")
 PATHS = {
-    f"{shape}_{stage}{suffix}"
-    for stage in ("stats", "apply", "backward_reduce", "backward_apply")
-    for shape, suffix in (("plane", ""), ("column", ""), ("column", "_scalar"))
-} | {"channel_forward", "count_batch", "finish_stats", "finish_backward", "finish_parameters", "use_running_stats"}
+    *(
+        f"{shape}_{stage}{suffix}"
+        for stage in ("stats", "apply", "backward_reduce", "backward_apply")
+        for shape, suffix in (("plane", ""), ("column", ""), ("column", "_scalar"))
+    ),
+    *(
+        f"{path}_{shape}_{direction}"
+        for path in ON_CHIP
+        for shape in ("planes", "columns")
+        for direction in ("forward", "backward")
+    ),
+    *("finish_stats", "finish_backward", "finish_parameters"),
+    *("use_running_stats", "count_batch", "clear_barriers"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +120,7 @@ class Case:
 
     def __init__(
         self, shape, dtype, layout, activation, seed, groups=0, residual=False, affine=(True, True), aligned=True,
-        narrow=False, pre_activation=None,
+        narrow=False, pre_activation=None, path="automatic",
     ):  # fmt: skip
         n, c, s = shape
         self.shape, self.dtype, self.layout, self.activation, self.groups = shape, dtype, layout, activation, groups
@@ -116,7 +128,7 @@ class Case:
         place = (lambda t: in_layout(t, layout)) if aligned else (lambda t: misalign(in_layout(t, layout)))
         self.x64 = (3 * randn(n, c, s, seed=seed) + 2).to(dtype).double()
         self.input64 = reference.FORWARD[pre_activation](self.x64).to(dtype).double()
-        self.pre_activation, self.narrow = pre_activation, narrow
+        self.pre_activation, self.narrow, self.path = pre_activation, narrow, PATH_NAMES.index(path)
         parameter = dtype if narrow else wide
         self.weight = (randn(c, seed=seed + 1) + 2).to(parameter) if affine[0] else None
         self.bias = (randn(c, seed=seed + 2) + 1).to(parameter) if affine[1] else None
@@ -160,7 +172,7 @@ def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True
         case.x, case.layout, case.activation, training=training, momentum=momentum or 0.0, cumulative=momentum is None,
         eps=EPS, residual=case.residual, weight=case.weight, bias=case.bias, running_mean=running[0],
         running_var=running[1], num_batches_tracked=counter if training else None, y=y, mean=mean, invstd=invstd,
-        pre_activation=case.pre_activation, narrow_parameters=case.narrow, narrow_running=case.narrow,
+        pre_activation=case.pre_activation, narrow_parameters=case.narrow, narrow_running=case.narrow, path=case.path,
     )  # fmt: skip
     weight, bias = case.parameters64()
     factor = 1 / 5 if momentum is None else momentum
@@ -186,7 +198,7 @@ def run_batch_norm(kernels, case, training=True, momentum=0.3, needs=(True, True
     kernels.batch_norm_backward(
         case.x, case.layout, case.activation, training=training, dy=case.dy, residual=case.residual, weight=case.weight,
         bias=case.bias, mean=mean, invstd=invstd, dx=dx, dweight=dweight, dbias=dbias, dresidual=dresidual,
-        pre_activation=case.pre_activation, narrow_parameters=case.narrow,
+        pre_activation=case.pre_activation, narrow_parameters=case.narrow, path=case.path,
     )  # fmt: skip
     invstd64 = (var64 + EPS).rsqrt()
     args = (case.dy64, case.input64, weight, bias, case.residual64, mean64, invstd64, training, EPS, case.activation)
@@ -206,7 +218,7 @@ def run_group_norm(kernels, case, needs=(True, True, True)):
     mean, rstd = (torch.full((n, case.groups), float("nan"), dtype=case.wide) for _ in range(2))
     kernels.group_norm_forward(
         case.x, case.layout, case.activation, case.groups, eps=EPS, weight=case.weight, bias=case.bias, y=y, mean=mean,
-        rstd=rstd, narrow_parameters=case.narrow,
+        rstd=rstd, narrow_parameters=case.narrow, path=case.path,
     )  # fmt: skip
     weight, bias = case.parameters64()
     mean64, var64 = reference.group_statistics(case.x64, case.groups)
@@ -220,7 +232,7 @@ def run_group_norm(kernels, case, needs=(True, True, True)):
     dweight, dbias = (torch.empty(c, dtype=case.wide) if need else None for need in needs[1:])
     kernels.group_norm_backward(
         case.x, case.layout, case.activation, case.groups, dy=case.dy, weight=case.weight, bias=case.bias, mean=mean,
-        rstd=rstd, dx=dx, dweight=dweight, dbias=dbias, narrow_parameters=case.narrow,
+        rstd=rstd, dx=dx, dweight=dweight, dbias=dbias, narrow_parameters=case.narrow, path=case.path,
     )  # fmt: skip
     args = (case.dy64, case.x64, weight, bias, case.groups, EPS, case.activation)
     with case.rounding():
@@ -327,21 +339,69 @@ def test_count_batch(kernels):
     assert counter.item() == 42
 
 
+# Shapes that planes (contiguous) and columns can hold; the last one's planes are short.
+HELD_SHAPES = ((5, 3, 300), (2, 8, 521), (33, 8, 49), (3, 40, 64), (19, 16, 1), (70, 16, 14))
+# Few multiprocessors and little shared memory: small tensors need several blocks, and several launches.
+SMALL_DEVICES = (
+    device_limits(multiprocessors=4, shared=100 << 10, max_cluster=8),
+    device_limits(multiprocessors=4, shared=64 << 10, max_cluster=8),
+    device_limits(multiprocessors=7, shared=48 << 10, max_cluster=8),
+)
+
+
+# One of each kind.
+HELD_SELECTION = (("contiguous", (3, 4, 300)), ("contiguous", (17, 8, 7)), ("channels_last", (2, 32, 33)))
+
+
+def held_cases():
+    turns = itertools.count()
+    for path, shape, layout in itertools.product(ON_CHIP, HELD_SHAPES, FORMATS):
+        turn = next(turns)
+        yield pytest.param(path, shape, layout, turn, id=f"{path}-{shape}-{layout}".replace(" ", ""))
+
+
+@pytest.mark.parametrize(("path", "shape", "layout", "first_turn"), list(held_cases()))
+def test_held_on_chip(kernels, path, shape, layout, first_turn):
+    """Whether the plan finds room or not, the result is the same; that it does, other tests see to."""
+    for turn, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16), 3 * first_turn):
+        kernels.set_schedule(*SCHEDULES[turn % len(SCHEDULES)])
+        kernels.set_limits(SMALL_DEVICES[turn % len(SMALL_DEVICES)])
+        choices = {
+            "affine": (turn % 5 != 0, turn % 4 != 0), "aligned": turn % 6 != 5, "path": path, "narrow": turn % 7 == 0
+        }  # fmt: skip
+        activation = ACTIVATIONS[turn % 7]
+        case = Case(
+            shape, dtype, layout, activation, turn, residual=turn % 2 == 1,
+            pre_activation="leaky_relu" if turn % 8 == 3 else None, **choices,
+        )  # fmt: skip
+        needs = ((True,) * 4, (True, False, True, False), (False, True, False, True))
+        momentum = None if turn % 3 == 1 else 0.3
+        run_batch_norm(kernels, case, training=turn % 5 > 0, momentum=momentum, needs=needs[turn % 4 % 3])
+        divisors = [g for g in range(1, shape[1] + 1) if shape[1] % g == 0 and shape[1] // g * shape[2] > 3]
+        case = Case(shape, dtype, layout, activation, turn, groups=divisors[turn % len(divisors)], **choices)
+        run_group_norm(kernels, case, needs=((True,) * 3, (True, False, True))[turn % 2])
+
+
 def test_every_path_of_the_plan_was_launched(kernels):
     """The tests above; alone, a selection of them."""
     prepare(kernels, 1)
     kernels.clear_launches()
     for aligned, layout, shape in itertools.product((True, False), FORMATS, ((2, 8, 36), (2, 3, 264))):
-        case = Case(shape, torch.float16, layout, "relu6", 60, aligned=aligned)
+        case = Case(shape, torch.float16, layout, "relu6", 60, aligned=aligned, path="two_kernels")
         run_batch_norm(kernels, case)
     run_batch_norm(kernels, Case((2, 8, 36), torch.float32, "contiguous", "relu", 61), training=False)
-    kernels.set_limits(SMALL_L2)
-    run_batch_norm(kernels, Case((2, 3, 265), torch.float16, "contiguous", "relu6", 62), momentum=None)
+    for path, (layout, shape) in itertools.product(
+        ON_CHIP, (("contiguous", (4, 8, 300)), ("channels_last", (2, 32, 65)))
+    ):
+        kernels.set_limits(SMALL_DEVICES[0])
+        case = Case(shape, torch.float16, layout, "relu6", 62, groups=2, path=path)
+        run_batch_norm(kernels, case, momentum=None)
+        run_group_norm(kernels, case)
     assert set(kernels.launches()) == PATHS
 
 
 def test_a_path_can_be_forced(kernels):
-    kernels.set_limits(SMALL_L2)
+    kernels.set_limits(device_limits())
     kernels.clear_launches()
     batch_norm_forward(kernels, randn(2, 3, 265).float(), "contiguous", path=PATH_NAMES.index("two_kernels"))
     assert set(kernels.launches()) == {"plane_stats", "finish_stats", "plane_apply"}
@@ -471,8 +531,8 @@ def test_empty(kernels, shape, layout):
 MUTATIONS = {
     "missing barrier before a tile's columns are combined": (
         "stats.cu",
-        "  __syncthreads();\n  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto*",
-        "  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;\n  auto*",
+        "  __syncthreads();\n  auto* partials",
+        "  auto* partials",
     ),
     "missing barrier in block_sum": ("block_reduce.cuh", "  __syncthreads();\n  // Every warp", "  // Every warp"),
     "one slot too many": ("elements.cuh", "view.rows * pass.slots_per_row)", "view.rows * pass.slots_per_row + 1)"),
@@ -485,6 +545,30 @@ MUTATIONS = {
         "  if (s.residual) z += to_accumulator(residual.values[v]);\n  return activate_backward",
         "  if (s.residual) z += to_accumulator(residual.values[0]);\n  return activate_backward",
     ),
+    "a wait that leaves copies in flight": (
+        "on_chip_forward.cu",
+        "async_wait<0>();\n  // A",
+        "async_wait<1>();\n  // A",
+    ),
+    "missing barrier before other warps sum the rows": (
+        "on_chip_backward.cu",
+        "  async_wait<0>();\n  __syncthreads();",
+        "  async_wait<0>();",
+    ),
+    "a barrier of the block instead of the cluster's": (
+        "on_chip.cuh",
+        "Exchange::cluster) {\n      cluster_sync();",
+        "Exchange::cluster) {\n      __syncthreads();",
+    ),
+    "a block that exits while others read from it": (
+        "on_chip.cuh",
+        "if (units.exchange == Exchange::cluster) cluster_sync();",
+        "",
+    ),
+    "a barrier of the block instead of the grid's": ("on_chip.cuh", "grid_sync(units.barrier);", "__syncthreads();"),
+    "barriers that are not cleared": ("on_chip_forward.cu", "barriers[i] = 0;", "barriers[i] = 1;"),
+    "the first block's values for all of them": ("on_chip.cuh", "all[rank * stride + i]", "all[i]"),
+    "the channel of another row": ("on_chip.cuh", "s.pass.view.rows + row :", "s.pass.view.rows :"),
 }
 
 
@@ -501,6 +585,12 @@ def selection(kernels):
     run_batch_norm(kernels, Case((2, 3, 265), torch.bfloat16, "contiguous", "relu6", 90, residual=True))
     for layout, s in itertools.product(FORMATS, (8, 264)):
         test_kinks(kernels, torch.bfloat16, s, layout)
+    for turn, (path, (layout, shape)) in enumerate(itertools.product(ON_CHIP, HELD_SELECTION)):
+        kernels.set_schedule(*SCHEDULES[turn % len(SCHEDULES)])
+        kernels.set_limits(SMALL_DEVICES[0])
+        case = Case(shape, torch.float16, layout, "relu6", turn, groups=2, residual=turn % 2 == 0, path=path)
+        run_batch_norm(kernels, case)
+        run_group_norm(kernels, case)
 
 
 def patched(folder, file, old, new):
@@ -518,7 +608,7 @@ def patched(folder, file, old, new):
 def test_a_mutation_is_found(built, mutation, tmp_path):
     file, old, new = MUTATIONS[mutation]
     (tmp_path / "built").mkdir()
-    library, _ = build(tmp_path / "built", patched(tmp_path / "source", file, old, new), ["-O0"], built[1])
+    library = rebuild(tmp_path / "built", patched(tmp_path / "source", file, old, new), built, file)
     result = run_selection(library)
     assert result.returncode != 0
 
