@@ -124,6 +124,7 @@ NATIVE_TAKES = {
     "running_mean is running_var": "writes both into one place",
     "expanded running_mean": "writes every channel into one place",
     "expanded running_var": "writes every channel into one place",
+    "no channels": "gives an empty output",
     **{
         f"{argument}=shape {shape}, training={training}": "counts the elements, whatever the dimensions"
         for argument in ("weight", "bias")
