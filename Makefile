@@ -1,6 +1,7 @@
 # make build   install into .venv and build, nothing more
 # make demo    train a MobileNetV2 with and without normfused, and compare
 # make test    run the tests
+# make conformance  count what they prove, backend by backend: docs/conformance.md, docs/accuracy.md
 # make cuda    where nvcc is: install with the CUDA kernels into .venv-cuda, beside the models of other libraries
 # make lint    ruff and clang-format
 # make bench   the microbenchmark of README.md
@@ -13,7 +14,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.to
 CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu' -o -name '*.cuh') constraints-cuda.txt
 FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build cuda demo test lint format bench gpu clean
+.PHONY: build cuda demo test conformance lint format bench gpu clean
 
 build: $(VENV)/built
 
@@ -42,6 +43,9 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest
+
+conformance: build
+	$(BIN)/python -m pytest -p tests.conformance
 
 bench: build
 	$(BIN)/python -m bench ops

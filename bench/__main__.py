@@ -1,11 +1,11 @@
-"""Command line: ``python -m bench ops``, ``compare``, ``report``, ``gpu`` and ``demo``."""
+"""Command line: ``python -m bench ops``, ``model``, ``compare``, ``report``, ``gpu`` and ``demo``."""
 
 import argparse
 import sys
 
 import torch
 
-from . import cases, compare, ops, page, providers, report
+from . import cases, compare, model, ops, page, providers, report
 
 _EPILOG = """examples:
   python -m bench ops                                          everything; torch.compile takes its time for each shape
@@ -13,6 +13,7 @@ _EPILOG = """examples:
   python -m bench ops --shape 32,96,112,112 --dtype bf16 --layout channels_last --groups 32 --activation silu
   python -m bench ops --family tiny                            host time of one call
   python -m bench ops --device cuda --batch 32 128 256         on a GPU
+  python -m bench model --layout channels_last                 a training step of MobileNetV2
   python -m bench compare before/ops.json after/ops.json       status 1 where something became slower
   python -m bench report after/ops.json --out out/report.html  a page to look around in
   python -m bench gpu --out out/gpu                            all that needs a GPU
@@ -64,6 +65,7 @@ def parser():
     )
     commands = whole.add_subparsers(dest="command", required=True)
     _add_ops(commands)
+    _add_threads(model.add_command(commands, _positive))
     _add_compare(commands)
     _add_report(commands)
     _add_gpu(commands)
@@ -326,6 +328,8 @@ def main(arguments=None):
         torch.set_num_threads(options.threads)
     if options.command == "ops":
         return run_ops(options, arguments, whole.error)
+    if options.command == "model":
+        return model.main(options, arguments)
     from . import demo  # scikit-learn and matplotlib are needed by the demo alone
 
     return demo.main(options, arguments)

@@ -213,10 +213,10 @@ def _batch_norm_act(
         _raise(_not_tensors("batch_norm_act", running_mean=running_mean, running_var=running_var, **tensors))
         _raise(_batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, None))
         raise
-    if y.requires_grad and recompute.local.depth and recompute.is_on():
+    if recompute.local.depth and y.requires_grad and recompute.is_on():
         statistics = y.grad_fn.statistics
         recompute.remember_batch_norm(
-            y, input, weight, bias, residual, *statistics, activation, pre_activation, backend
+            y, input, weight, bias, residual, *statistics, activation, backend, pre_activation
         )
     return y
 

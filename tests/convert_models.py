@@ -15,18 +15,18 @@ from normfused.convert import FusedActivation
 RELU6, NONE = "fused with relu6", "no activation"
 
 
-def convert(model):
+def convert(model, example_inputs=None):
     """Converts; returns {path: outcome, or the reason it was left}."""
     sites = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert normfused.convert(model, report=sites) is model
+        assert normfused.convert(model, example_inputs, report=sites) is model
     return {site.name: site.reason if site.outcome == "left" else site.outcome for site in sites}
 
 
-def assert_left(model, path, reason):
-    """Nothing is fused, at ``path`` for a reason that says ``reason``; its class changes all the same."""
-    assert reason in convert(model)[path]
+def assert_left(model, path, reason, example_inputs=None):
+    """Nothing is fused at ``path``, for a reason that says ``reason``; its class changes all the same."""
+    assert reason in convert(model, example_inputs)[path]
     layer = model.get_submodule(path)
     assert type(layer) is BatchNormAct2d
     assert layer.activation is None
@@ -117,6 +117,51 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         y = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(y)) + x)
+
+
+class Bottleneck(nn.Module):
+    """torchvision's form of it: in place, one ReLU module, a downsample that need not be there."""
+
+    def __init__(self, downsample=False):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
+        self.conv2, self.bn2 = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) if downsample else None
+
+    def forward(self, x):
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out
+
+
+class FunctionalBlock(BasicBlock):
+    """The same with functions, in timm's order of things and with what does nothing in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.drop_path = nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        shortcut = x
+        x = F.silu(self.drop(self.bn1(self.conv1(x))), inplace=True)
+        x = self.drop_path(self.bn2(self.conv2(x)))
+        return F.relu(shortcut + x)
+
+
+class TwoPaths(BasicBlock):
+    """Both operands of the sum are normalised."""
+
+    def forward(self, x):
+        return self.relu(self.bn1(self.conv1(x)) + self.bn2(self.conv2(x)))
 
 
 class SharedActivation(BasicBlock):
@@ -252,6 +297,10 @@ MODELS = {
     "mobilenet": MobileNet,
     "siblings": Siblings,
     "basic_block": BasicBlock,
+    "bottleneck": Bottleneck,
+    "bottleneck_downsample": lambda: Bottleneck(True),
+    "functional_block": FunctionalBlock,
+    "two_paths": TwoPaths,
     "shared_activation": SharedActivation,
     "optional_skip": OptionalSkip,
     "skip_in_evaluation": SkipInEvaluation,

@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FLOATS, activate, assert_same, away_from_kinks, names, randn
+from helpers import FLOATS, activate, assert_same, away_from_kinks, in_layout, interpreted, layouts, names, randn
 from torch import nn
 
 import normfused
@@ -18,6 +18,7 @@ from normfused.functional import batch_norm_act, group_norm_act
 # They need expecttest.
 invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations")
 modules = pytest.importorskip("torch.testing._internal.common_modules")
+utils = pytest.importorskip("torch.testing._internal.common_utils")
 
 OPS = {op.name: op for op in invocations.op_db if not op.variant_test_name}
 MODULES = {module.module_cls: module for module in modules.module_db}
@@ -86,20 +87,38 @@ def compare(ours, native, activation, call):
             assert_same(pair[0].detach(), pair[1].detach(), f"argument {index} afterwards", formats=False)
 
 
+# Those that keep every value: what repeats one would change the sample.
+LAYOUTS = ("as_given", "noncontiguous", "channels_last", "sliced", "permuted", "offset", "channels_last_offset")
+
+
+def laid_out(x, layout):
+    """``x`` as PyTorch gives it, or in one of our layouts."""
+    if layout not in layouts(x.dim()) or x.numel() == 0:
+        return x
+    return in_layout(x, layout).requires_grad_(x.requires_grad)
+
+
+def some_of(samples, backend, layout):
+    """All; where kernels are interpreted and the layout is one of ours every fourth."""
+    return list(samples)[:: 4 if interpreted(backend) and layout not in LAYOUTS[:2] else 1]
+
+
 @functions
 @activations
 @dtypes
-@pytest.mark.parametrize("noncontiguous", [False, True], ids=("as_given", "noncontiguous"))
-def test_op_samples(backend, op_name, activation, dtype, noncontiguous):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_op_samples(backend, op_name, activation, dtype, layout, record_property):
     ours, native = FUNCTIONS[op_name]
-    count = 0
     torch.manual_seed(0)
-    for sample in OPS[op_name].sample_inputs(device(), dtype, requires_grad=True):
-        if noncontiguous:
+    samples = list(OPS[op_name].sample_inputs(device(), dtype, requires_grad=True))
+    assert len(samples) >= 10
+    samples = some_of(samples, backend, layout)
+    for sample in samples:
+        if layout == "noncontiguous":
             sample = sample.noncontiguous()
+        sample.input = laid_out(sample.input, layout)
         compare(ours, native, activation, ((sample.input, *sample.args), dict(sample.kwargs)))
-        count += 1
-    assert count >= 10
+    record_property("cases", len(samples))
 
 
 @functions
@@ -151,15 +170,22 @@ def module_pair(module_cls, constructor_input, activation, dtype, training):
 @activations
 @dtypes
 @pytest.mark.parametrize("training", [True, False], ids=("train", "eval"))
-def test_module_inputs(backend, module_cls, activation, dtype, training):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_module_inputs(backend, module_cls, activation, dtype, training, layout, record_property):
     info = MODULES[module_cls]
     torch.manual_seed(0)
     inputs = info.module_inputs_func(info, device=device(), dtype=dtype, requires_grad=True, training=training)
     assert len(inputs) >= 6
+    inputs = some_of(inputs, backend, layout)
+    record_property("cases", len(inputs))
     for module_input in inputs:
         native, ours = module_pair(module_cls, module_input.constructor_input, activation, dtype, training)
         forward_input = module_input.forward_input
-        args, our_args = forward_input.args, copy.deepcopy(forward_input.args)
+        x = forward_input.args[0]
+        if layout == "noncontiguous":
+            x = utils.noncontiguous_like(x).detach().requires_grad_(x.requires_grad)
+        args = laid_out(x, layout), *forward_input.args[1:]
+        our_args = copy.deepcopy(args)
         native_z = native(*args)
         native_y = activate(native_z, activation)
         y = ours(*our_args)

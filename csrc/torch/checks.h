@@ -53,7 +53,8 @@ inline std::ostream& operator<<(std::ostream& out, const device_of& device) {
   return out << (device.tensor.is_cuda() ? "cuda:" : "device ") << device.tensor.get_device_index();
 }
 
-inline Activation parse_activation(const char* op, const char* argument, const std::optional<std::string>& name) {
+template <class Name>
+Activation parse_activation(const char* op, const char* argument, const std::optional<Name>& name) {
   if (!name) return Activation::identity;
   if (*name == "relu6") return Activation::relu6;
   if (*name == "relu") return Activation::relu;

@@ -5,7 +5,29 @@
 
 namespace normfused::binding {
 
-using Name = std::optional<std::string>;
+// A string argument. torch's own conversion to std::string leaks one with every call (pytorch#191340, until 2.14).
+struct String : std::string {
+  using std::string::string;
+};
+using Name = std::optional<String>;
+
+}  // namespace normfused::binding
+
+template <>
+struct torch::stable::detail::ToImpl<normfused::binding::String> {
+  static normfused::binding::String call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = torch::stable::detail::to<StringHandle>(value);
+    size_t length;
+    const char* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    normfused::binding::String string(data, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return string;
+  }
+};
+
+namespace normfused::binding {
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act(Tensor x, OptionalTensor weight, OptionalTensor bias,
                                                   OptionalTensor residual, OptionalTensor running_mean,
