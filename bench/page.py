@@ -21,7 +21,7 @@ def page(runs):
         "runs": [
             {
                 "name": name,
-                "conditions": " ".join(line for line in report.conditions(where) if line),
+                "conditions": "; ".join(line.strip("*") for line in report.conditions(where) if line).replace("`", ""),
                 "environment": where,
                 "rows": rows,
             }
