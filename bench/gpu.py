@@ -51,6 +51,11 @@ FIRST_SECTIONS = (
     _section("BatchNorm, bfloat16", f"--family batch_norm --batch 32 256 --dtype bf16 {_TRAINING}"),
     _section("host time", "--family tiny --seconds 1"),
     _section("GroupNorm, bfloat16", f"--family diffusion video --dtype bf16 {_TRAINING}"),
+    _section(
+        "launch paths, bfloat16",
+        "--family batch_norm --batch 32 256 --dtype bf16 --mode forward backward --seconds 0.1 "
+        "--providers path-two_kernels path-block path-cluster path-cooperative normfused",
+    ),
     _section("ResNet-50, bfloat16", f"--family resnet50 --dtype bf16 {_TRAINING}"),
 )
 MORE_SECTIONS = (

@@ -214,14 +214,15 @@ def test_a_layer_of_ones_own_in_every_mode(tmp_path):
 
 def test_group_norm_of_ones_own_and_providers_that_are_not_here(tmp_path):
     arguments = ("--groups", "3", "--activation", "silu", "--layout", "channels_last", "--mode", "eval", "backward")
-    asked = ("eager", "triton", "liger", "inplace_abn", "normfused")
+    asked = ("eager", "triton", "path-block", "liger", "inplace_abn", "normfused")
     _, content = run_ops(tmp_path, "--shape", "2,6,5,5", *arguments, "--providers", *asked)
     failures = {row["provider"]: row["failure"] for row in content["rows"]}
-    assert failures.pop("triton").startswith("not on this device: ")
+    for name in ("triton", "path-block"):
+        assert failures.pop(name).startswith("not on this device: ")
     assert failures.pop("liger").startswith("liger_kernel does not import")
     assert failures == {"eager": None, "normfused": None, "copy_fresh": None, "copy_mapped": None}
     page = (tmp_path / "ops.md").read_text()
-    assert page.count("not on this device") == 1  # one line for both modes
+    assert page.count("not on this device") == 2  # a line for both modes
     assert "GroupNorm/3 + silu" in page
 
 
