@@ -36,7 +36,8 @@ def train(rank, world_size, store):
     dist.destroy_process_group()
 
 
-def main(world_size=max(2, torch.cuda.device_count())):
+def main():
+    world_size = max(2, torch.cuda.device_count())
     with tempfile.TemporaryDirectory() as directory:
         store = f"file://{directory}/store"
         mp.spawn(train, (world_size, store), world_size)

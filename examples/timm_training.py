@@ -1,4 +1,4 @@
-"""timm: a converted model with timm's optimizer, schedule, loss and moving average, as its train.py puts them together."""
+"""timm: a converted model with timm's optimizer, schedule, loss and moving average, as its train.py has them."""
 
 import timm
 import torch

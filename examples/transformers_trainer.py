@@ -26,9 +26,9 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
             directory,
-            max_steps=8,
+            max_steps=12,
             per_device_train_batch_size=32,
-            learning_rate=5e-3,
+            learning_rate=2e-2,
             logging_steps=1,
             report_to=[],
             disable_tqdm=True,

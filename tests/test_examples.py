@@ -43,7 +43,7 @@ def test_checkpointing(example):
 
 
 def test_ddp(example):
-    model, untrained = example("ddp").main(2), example("data").network()
+    model, untrained = example("ddp").main(), example("data").network()
     assert not torch.equal(model[0][0].weight, untrained[0][0].weight)
     assert model[0][1].num_batches_tracked == 12
 
