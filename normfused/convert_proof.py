@@ -16,7 +16,7 @@ from .convert_classes import (
     is_identity,
     is_sum,
 )
-from .convert_rewrite import Edit, Forward
+from .convert_rewrite import Edit, Forward, called_elsewhere
 from .convert_trace import example_graphs, trace_symbolically, why_opaque
 
 
@@ -120,7 +120,7 @@ def _veto(norm, use, names, seen, places, follows):
         if isinstance(forward, str):
             return f"{_what(use)} follows it in a forward that cannot be changed: {forward}"
         for edit in use.edits:
-            why_not = forward.why_not(use.parent, edit)
+            why_not = forward.why_not(use.parent, edit) or called_elsewhere(forward, edit.layer)
             if why_not is not None:
                 return why_not
             # A line that runs several times has to mean the same each time.
@@ -165,7 +165,8 @@ def _watch(parent, graphs, unproven):
 def _try_out(model, example_inputs, graphs, unproven):
     """Add what the example inputs show; it proves what symbolic traces could not."""
     examples, failures = example_graphs(model, example_inputs, list(graphs))
-    for parent, seen in examples.items():
+    for parent in graphs:
+        seen = examples.get(parent, [])
         if parent not in unproven:
             graphs[parent] += seen
         elif parent in failures:
@@ -222,8 +223,13 @@ def _use(node, parent, called):
     consumers = _consumers(sum_, called)
     if len(consumers) != 1 or not _applies(consumers[0], called):
         return Use(), {}
-    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or len(node.args[0].users) != 1:
-        return "its input has another use, so that it cannot wait for the sum that follows", {}
+    # The layer will be called at the sum: until then its input must stay what it is.
+    source = node.args[0] if len(node.args) == 1 else None
+    if not isinstance(called.get(source), (nn.modules.conv._ConvNd, nn.Linear)) or len(source.users) != 1:
+        return (
+            "its input is not the output of a convolution for it alone, which could wait for the sum that follows",
+            {},
+        )
     return _checked(parent, called, node.target, consumers[0], {node: "defer", sum_: "add"}, first)
 
 

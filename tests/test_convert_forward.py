@@ -273,6 +273,21 @@ def test_functional_activation_that_is_left(cls, reason):
     assert_left(cls(), "bn", reason)
 
 
+def test_layer_that_another_method_calls_is_left():
+    """Called from outside, that method would apply the activation twice."""
+
+    class Model(Functional):
+        def features(self, x):
+            return F.relu6(self.bn(x))
+
+    class Initialised(Functional):
+        def zero_init(self):
+            nn.init.zeros_(self.bn.weight)
+
+    assert_left(Model(), "bn", "Model.features calls it too")
+    assert convert(Initialised()) == {"bn": RELU6}
+
+
 def test_forward_without_source_is_left():
     model = model_with_forward("return F.relu6(self.bn(x))")
     del linecache.cache[type(model).forward.__code__.co_filename]
@@ -355,7 +370,8 @@ def test_operands_are_computed_in_their_order():
         (["y = self.bn(self.conv(x)) + x", "return F.relu(y) + y"], NONE),
         (["y = self.bn(self.conv(x))", "return F.relu(y + y)"], NONE),
         (["return F.relu(operator.add(self.bn(self.conv(x)), x))"], "written in a way that is not"),
-        (["y = self.conv(x)", "return F.relu(self.bn(y) + y)"], "its input has another use"),
+        (["y = self.conv(x)", "return F.relu(self.bn(y) + y)"], "its input is not the output of a convolution"),
+        (["y = self.bn(x.view(x.shape))", "x = x * 2", "return F.relu(y + x)"], "its input is not the output of a"),
         (["return F.relu(torch.add(self.bn(self.conv(x)), x, alpha=2))"], NONE),
         (["return F.relu(self.bn(self.conv(x)) - x)"], NONE),
         (["return F.gelu(self.bn(self.conv(x)) + x)"], NONE),
@@ -611,6 +627,12 @@ def test_example_inputs_that_fail_prove_nothing():
     assert_left(
         _LooksAtShapes().double(), "bn", "the example inputs fail in training (ValueError: expected 4", x4()[:, :3]
     )
+
+
+def test_model_that_cannot_be_copied():
+    model = _LooksAtShapes().double()
+    model.kept = model.conv.weight * 1
+    assert_left(model, "bn", "the model cannot be copied to try it out (RuntimeError: Only Tensors created", x4())
 
 
 def test_example_inputs_that_do_not_reach_a_module():
