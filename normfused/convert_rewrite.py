@@ -174,8 +174,8 @@ def called_elsewhere(forward, layer):
     for cls in forward.cls.__mro__[: forward.cls.__mro__.index(torch.nn.Module)]:
         for name, method in vars(cls).items():
             method = inspect.unwrap(getattr(method, "__func__", method))
-            if method is forward.function or not isinstance(method, types.FunctionType):
-                continue
+            if name == "forward" or not isinstance(method, types.FunctionType):
+                continue  # A base class's forward shows in the trace.
             if layer in method.__code__.co_names and _calls_attribute(method, layer):
                 return f"{cls.__name__}.{name} calls it too"
     return None
