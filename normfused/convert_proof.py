@@ -19,6 +19,11 @@ from .convert_classes import (
 from .convert_rewrite import Edit, Forward, called_elsewhere
 from .convert_trace import example_graphs, trace_symbolically, why_opaque
 
+# Functions and methods that may return a view.
+_VIEWS = {"getitem", "getattr", "view", "view_as", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose"}
+_VIEWS |= {"expand", "expand_as", "chunk", "split", "unbind", "narrow", "select", "detach", "contiguous", "to", "float"}
+_VIEWS |= {"type_as", "t", "T", "movedim", "swapaxes", "unflatten", "diagonal", "alias", "tuple", "double", "half"}
+
 
 class Use(NamedTuple):
     """What a layer can do besides normalising."""
@@ -230,7 +235,41 @@ def _use(node, parent, called):
             "its input is not the output of a convolution for it alone, which could wait for the sum that follows",
             {},
         )
+    # The other operand is kept for backward, which native does not do: nobody may change it in place.
+    if _is_used_after(operands[first], sum_, called):
+        return "the other operand of the sum that follows is used again, and might change in place", {}
     return _checked(parent, called, node.target, consumers[0], {node: "defer", sum_: "add"}, first)
+
+
+def _is_used_after(value, node, called):
+    """Whether a value, or what may share its memory, is used after a node."""
+    if not isinstance(value, fx.Node):
+        return False
+    family = [value]
+    while _may_share_memory(family[0], called):
+        family.insert(0, family[0].args[0])
+    for member in family:  # grows
+        for user in member.users:
+            if user is node or user in family:
+                continue
+            if node < user:
+                return True
+            if user.args and user.args[0] is member and _may_share_memory(user, called):
+                family.append(user)
+    return False
+
+
+def _may_share_memory(node, called):
+    """Whether a node's value may lie in its first argument's memory: a view, or the same tensor, changed or not."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    module = called.get(node)
+    if module is not None:
+        return is_identity(module) or getattr(module, "inplace", False)
+    # "+=" reads as a sum in a symbolic trace.
+    return node.op in ("call_function", "call_method") and (
+        is_sum(node) or node.kwargs.get("inplace", False) or _describe(node) != _name(node) or _describe(node) in _VIEWS
+    )
 
 
 def _checked(parent, called, layer, activation, sum_=None, first=True):
@@ -255,8 +294,12 @@ def _applies(node, called):
     return activation_name(called.get(node)) is not None or called_activation(node) is not None
 
 
+def _name(node):
+    return getattr(node.target, "__name__", node.target)
+
+
 def _describe(node):
-    return getattr(node.target, "__name__", node.target).rstrip("_")
+    return _name(node).rstrip("_")
 
 
 def _consumers(node, called):

@@ -1,5 +1,8 @@
 """Models that convert meets, and what the tests of convert and revert share."""
 
+import itertools
+import linecache
+import operator
 import warnings
 
 import pytest
@@ -58,6 +61,23 @@ def assert_close(actual, expected):
 
 def structure(model):
     return [(name, id(module), type(module)) for name, module in model.named_modules()]
+
+
+def model_with_forward(*body):
+    """A module with a convolution, a BatchNorm, and a forward of these lines."""
+    name = f"<forward {next(_numbers)}>"
+    source = "".join(f"{line}\n" for line in ("def forward(self, x):", *(f"    {line}" for line in body)))
+    # Where inspect looks for the source of what was typed into a notebook, too.
+    linecache.cache[name] = len(source), None, source.splitlines(True), name
+    namespace = {"nn": nn, "torch": torch, "F": F, "operator": operator}
+    exec(compile(source, name, "exec"), namespace)
+    cls = type("Model", (nn.Module,), {"forward": namespace["forward"]})
+    model = cls()
+    model.conv, model.bn, model.function, model.in_place = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), F.silu, False
+    return model
+
+
+_numbers = itertools.count()
 
 
 # Models

@@ -1,9 +1,7 @@
 """Functional activations and residual sums: convert leaves them out of a forward exactly where a trace shows them."""
 
 import copy
-import itertools
 import linecache
-import operator
 import pickle
 import random
 import sys
@@ -24,6 +22,7 @@ from convert_models import (
     assert_close,
     assert_left,
     convert,
+    model_with_forward,
     structure,
     train,
     x4,
@@ -53,23 +52,6 @@ def assert_converts(model, outcomes, example_inputs=None):
     assert structure(model) == before
     assert model.training == training
     assert torch.equal(model.eval()(x4()), native.eval()(x4()))
-
-
-def model_with_forward(*body):
-    """A module with a convolution, a BatchNorm, and a forward of these lines."""
-    name = f"<forward {next(_numbers)}>"
-    source = "".join(f"{line}\n" for line in ("def forward(self, x):", *(f"    {line}" for line in body)))
-    # Where inspect looks for the source of what was typed into a notebook, too.
-    linecache.cache[name] = len(source), None, source.splitlines(True), name
-    namespace = {"nn": nn, "torch": torch, "F": F, "operator": operator}
-    exec(compile(source, name, "exec"), namespace)
-    cls = type("Model", (nn.Module,), {"forward": namespace["forward"]})
-    model = cls()
-    model.conv, model.bn, model.function, model.in_place = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), F.silu, False
-    return model
-
-
-_numbers = itertools.count()
 
 
 # Functional activations
