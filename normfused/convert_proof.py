@@ -43,6 +43,7 @@ class _Seen(NamedTuple):
     edited: dict  # (parent, position) -> for each node there (layer, Edit), or None
     unproven: dict  # parent -> why its graphs do not show everything
     forwards: dict  # class -> its Forward, or why there is none
+    tried_out: set  # parents whose graphs come from example inputs alone
 
 
 def what_follows(model, names, places, example_inputs):
@@ -53,7 +54,7 @@ def what_follows(model, names, places, example_inputs):
         places: module -> every (parent, name) that it is registered at.
         example_inputs: as convert's.
     """
-    seen = _Seen(defaultdict(list), defaultdict(list), defaultdict(list), {}, {})
+    seen = _Seen(defaultdict(list), defaultdict(list), defaultdict(list), {}, {}, set())
     watched = [
         parent
         for parent in model.modules()
@@ -66,7 +67,7 @@ def what_follows(model, names, places, example_inputs):
         for parent in watched:
             _watch(parent, graphs[parent], seen.unproven)
         if example_inputs is not None:
-            _try_out(model, example_inputs, graphs, seen.unproven)
+            _try_out(model, example_inputs, graphs, seen)
     for parent in watched:
         for graph in graphs[parent]:
             _read(graph, parent, seen)
@@ -167,18 +168,18 @@ def _watch(parent, graphs, unproven):
         unproven[parent] = f"{name}.forward cannot be traced ({type(error).__name__}: {message})"
 
 
-def _try_out(model, example_inputs, graphs, unproven):
+def _try_out(model, example_inputs, graphs, seen):
     """Add what the example inputs show; it proves what symbolic traces could not."""
     examples, failures = example_graphs(model, example_inputs, list(graphs))
     for parent in graphs:
-        seen = examples.get(parent, [])
-        if parent not in unproven:
-            graphs[parent] += seen
+        if parent not in seen.unproven:
+            graphs[parent] += examples.get(parent, [])
         elif parent in failures:
-            unproven[parent] += f"; {failures[parent]}"
+            seen.unproven[parent] += f"; {failures[parent]}"
         else:
-            del unproven[parent]
-            graphs[parent] = seen
+            del seen.unproven[parent]
+            seen.tried_out.add(parent)
+            graphs[parent] = examples[parent]
 
 
 def _read(graph, parent, seen):
@@ -193,7 +194,7 @@ def _read(graph, parent, seen):
             elif num_calls[module] > 1:
                 use = "called more than once"
             else:
-                use, edits = _use(node, parent, called)
+                use, edits = _use(node, parent, called, parent in seen.tried_out)
                 wanted |= {place: (module, edit) for place, edit in edits.items()}
             seen.after[module].append(use)
         elif activation_name(module) is not None:
@@ -204,7 +205,7 @@ def _read(graph, parent, seen):
             seen.edited[parent, position].append(wanted.get(node))
 
 
-def _use(node, parent, called):
+def _use(node, parent, called, tried_out):
     """(what consumes the output of a layer's call, as a Use or why that is unclear; {node: Edit})."""
     consumers = _consumers(node, called)
     activation = next((user for user in consumers if _applies(user, called)), None)
@@ -219,6 +220,8 @@ def _use(node, parent, called):
         return "followed by clamp, which is no activation: its gradient is 1 at the very bounds", {}
     if isinstance(called[node], nn.GroupNorm) or not is_sum(sum_):
         return Use(), {}
+    if tried_out and _name(sum_) in ("__iadd__", "iadd", "add_"):
+        return "a sum in place follows it, and an example does not show under which names it is used", {}
     operands = [_source(operand, called) for operand in sum_.args]
     if operands[0] is operands[1]:
         return Use(), {}
@@ -332,7 +335,7 @@ def _layer_before(node, called):
 def _asks(node):
     """Whether a node asks a tensor for what does not depend on its value."""
     if node.op == "call_method":
-        return node.target in ("size", "dim", "numel", "stride", "type")
+        return node.target in ("size", "dim", "numel", "stride")
     return (
         node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim")
     )

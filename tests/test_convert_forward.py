@@ -605,6 +605,21 @@ def test_example_inputs_do_not_prove_what_another_input_might_refute(cls, reason
     assert_left(cls().double(), "bn", reason, x4())
 
 
+@pytest.mark.parametrize("in_place", ["s += x", "s.add_(x)"])
+def test_sum_in_place_that_only_an_example_shows_is_left(in_place):
+    """After it, "y" holds the sum as well."""
+    body = "assert x.shape[1] == 4", "y = self.bn(self.conv(x))", "s = y", in_place, "return F.relu(y)"
+    model = model_with_forward(*body).double()
+    native = copy.deepcopy(model)
+    assert_left(model, "bn", "a sum in place follows it", x4())
+    assert_same(model, native)
+
+
+def test_sum_that_only_an_example_shows():
+    body = "assert x.shape[1] == 4", "return F.relu(self.bn(self.conv(x)) + x)"
+    assert_converts(model_with_forward(*body), {"bn": ADD_RELU}, x4())
+
+
 def test_example_inputs_that_fail_prove_nothing():
     assert_left(
         _LooksAtShapes().double(), "bn", "the example inputs fail in training (ValueError: expected 4", x4()[:, :3]

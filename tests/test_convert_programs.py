@@ -44,7 +44,8 @@ _BLOCKS = [
 
 def _program(seed):
     draw = random.Random(seed)
-    body = ["a = b = c = x * 1.0"]
+    # Where the shape is looked at, only an example shows anything.
+    body = ["a = b = c = x * 1.0", *(["assert x.shape[1] == 4"] if seed % 2 else [])]
     for _ in range(draw.randint(2, 6)):
         names = {name: draw.choice("abc") for name in "uvw"}
         numbers = {name: draw.randint(0, 2) for name in "ij"}
@@ -101,8 +102,8 @@ def test_random_forwards(part):
             torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9, msg=lambda m, body=body: f"{body}\n{m}")
             normfused.revert(model)
             assert torch.equal(_first(model.eval()(x4())), _first(native.eval()(x4())))
-    assert fused > 50
-    assert sums > 5
+    assert fused > 30
+    assert sums > 3
 
 
 def _first(y):
