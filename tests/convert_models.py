@@ -1,5 +1,6 @@
 """Models that convert meets, and what the tests of convert and revert share."""
 
+import copy
 import itertools
 import linecache
 import operator
@@ -15,7 +16,7 @@ import normfused
 from normfused import BatchNormAct2d
 from normfused.convert import FusedActivation
 
-RELU6, NONE = "fused with relu6", "no activation"
+RELU6, NONE, ADD_RELU = "fused with relu6", "no activation", "fused with add, relu"
 
 
 def convert(model, example_inputs=None):
@@ -61,6 +62,24 @@ def assert_close(actual, expected):
 
 def structure(model):
     return [(name, id(module), type(module)) for name, module in model.named_modules()]
+
+
+def assert_same(model, native, steps=3):
+    assert_close(train(model, steps), train(native, steps))
+    assert_close(model.state_dict(), native.state_dict())
+    assert_close(model.eval()(x4()), native.eval()(x4()))
+
+
+def assert_converts(model, outcomes, example_inputs=None):
+    """Converts to ``outcomes``, computes the same, and goes back to the very forward."""
+    model = model.double()
+    native, before, training = copy.deepcopy(model), structure(model), model.training
+    assert convert(model, example_inputs) == outcomes
+    assert_same(copy.deepcopy(model), copy.deepcopy(native))
+    normfused.revert(model)
+    assert structure(model) == before
+    assert model.training == training
+    assert torch.equal(model.eval()(x4()), native.eval()(x4()))
 
 
 def model_with_forward(*body):
