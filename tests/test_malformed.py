@@ -126,7 +126,7 @@ NATIVE_TAKES = {
     "expanded running_var": "writes every channel into one place",
 }
 # What PyTorch's own operators notice when the running statistics are written already.
-NATIVE_WRITES = ("weight=", "bias=", "running_var=", "running_mean=")
+NATIVE_WRITES = ("weight=", "bias=", "running_var=", "running_mean=", "residual=")
 
 
 def state_of(arguments):
