@@ -253,6 +253,8 @@ def _batch_norm_error(input, running_mean, running_var, training, eps, activatio
             return ValueError("batch_norm_act: running_mean and running_var must both be given or both be None")
     elif not eps >= 0.0:
         return ValueError(f"batch_norm_act: eps must not be negative, got {eps}")
+    if residual is not None and not isinstance(residual, torch.Tensor):
+        return _not_a_tensor("batch_norm_act", "residual", residual)
     if residual is not None and residual.shape != input.shape:
         return ValueError(
             f"batch_norm_act: residual of shape {tuple(residual.shape)} does not match "
