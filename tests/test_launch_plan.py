@@ -153,10 +153,9 @@ def test_a_plan_covers_every_element_once_within_the_limits(device, request):
         ((32, 960, 7 * 7), {"aligned": False}, "two_kernels"),
         ((2, 1280, 16 * 16), {"groups": 32, "direction": "backward"}, "block"),
         ((256, 960, 14 * 14), {"dtype": "float64"}, "two_kernels"),
-        # All of it is read before any of it is read again: more than L2.
-        ((256, 192, 28 * 28), {"memory_format": "channels_last"}, "cooperative"),
-        ((448, 960, 7 * 7), {"memory_format": "channels_last"}, "cluster"),
-        # Beyond what the device holds at once.
+        # Rows of 64 bytes that are read before any of them is read again: L2 holds them, the device on chip, nothing.
+        ((256, 192, 28 * 28), {"memory_format": "channels_last"}, "two_kernels"),
+        ((28, 96, 112 * 112), {"memory_format": "channels_last"}, "cooperative"),
         ((256, 96, 112 * 112), {"memory_format": "channels_last"}, "two_kernels"),
     ],
 )
@@ -165,9 +164,10 @@ def test_the_path_of_known_shapes(shape, options, path):
     assert plan["path"] == path
 
 
-def test_before_sm_90_there_are_no_clusters():
-    plan = C.launch_plan(1024, 960, 49, "channels_last", "float16", path="cluster", device="sm_80")
-    assert plan["path"] == "two_kernels"
+def test_a_path_can_be_forced():
+    assert C.launch_plan(32, 144, 56 * 56, dtype="float16", path="cluster")["passes"][0]["cluster"] == 2
+    # Before sm_90 there are no clusters.
+    assert C.launch_plan(32, 144, 56 * 56, dtype="float16", path="cluster", device="sm_80")["path"] == "two_kernels"
 
 
 def test_chunks_go_through_l2():

@@ -38,10 +38,11 @@ inline LaunchPlan plan_launches(const PlanRequest& request, const DeviceLimits& 
   bool meets_l2 = true;
   if (request.reduces && all_bytes > budget) {
     plan.chunk_matrices = at_most(plan.view.matrices, at_least(budget / matrix_bytes, 1));
-    if (matrix_bytes > budget && contiguous) {
-      // Several groups at a time where that keeps vectors whole.
+    if (matrix_bytes > budget && (contiguous || batch_norm)) {
+      // Several groups at a time where that keeps vectors whole, and parts of rows as long as DRAM likes them.
       const int64_t fit = at_least(budget / group_bytes, 1);
-      plan.chunk_groups = at_most(plan.groups, fit >= vector ? fit / vector * vector : fit);
+      const int64_t step = contiguous ? vector : kLeastRowBytes / bytes;
+      if (contiguous || fit >= step) plan.chunk_groups = at_most(plan.groups, fit >= step ? fit / step * step : fit);
     }
     meets_l2 = plan.chunk_matrices * plan.chunk_groups * group_bytes <= budget;
   }
