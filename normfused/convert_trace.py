@@ -137,7 +137,7 @@ def _set_random_state(state):
         sys.modules["numpy"].random.set_state((kind, sys.modules["numpy"].frombuffer(keys, "uint32"), *rest))
 
 
-class _Value(fx.Proxy):
+class Proxy(fx.Proxy):
     """A symbolic value, of which ``isinstance(value, torch.Tensor)`` is what its tracer says."""
 
     @property
@@ -159,7 +159,7 @@ class _Tracer(fx.Tracer):
         self.code, self.is_tensor, self.asked_for_type = code, is_tensor, False
 
     def proxy(self, node):
-        return _Value(node, self)
+        return Proxy(node, self)
 
     def is_leaf_module(self, m, module_qualified_name):
         return True
