@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 _READS = {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "item", "tolist", "numpy"}
 _READS |= {"equal", "allclose", "is_nonzero"}
 
-
 # Objects with attributes that are not searched for tensors.
 _NO_CONTAINERS = (torch.Tensor, nn.Module, type, types.FunctionType, types.ModuleType)
 
@@ -45,18 +44,20 @@ def trace_symbolically(parent, is_opaque, read):
     absent = {p.name: None for p in parameters if p.default is None}
     for training in (True, False):
         for arguments in ({}, absent) if absent else ({},):
-            tracer = _Tracer()
-            tracer.code = forward_code(parent)
-            stand_in = _stand_in(parent, training, is_opaque)
-            try:
-                with _NoReading(), _no_drawing():
-                    tracer.trace(stand_in, arguments)
-                # What forward keeps on the module is a use of it.
-                leaves = pytree.tree_leaves(vars(stand_in))
-                kept = [leaf.node for leaf in leaves if isinstance(leaf, fx.Proxy)]
-                tracer.graph.call_function(tuple, (kept,))
-            finally:
-                read(tracer.graph)
+            for is_tensor in (False, True):
+                tracer = _Tracer(forward_code(parent), is_tensor)
+                stand_in = _stand_in(parent, training, is_opaque)
+                try:
+                    with _NoReading(), _no_drawing():
+                        tracer.trace(stand_in, arguments)
+                    # What forward keeps on the module is a use of it.
+                    leaves = pytree.tree_leaves(vars(stand_in))
+                    kept = [leaf.node for leaf in leaves if isinstance(leaf, fx.Proxy)]
+                    tracer.graph.call_function(tuple, (kept,))
+                finally:
+                    read(tracer.graph)
+                if not tracer.asked_for_type:
+                    break
 
 
 def why_opaque(parent):
@@ -80,7 +81,7 @@ def forward_code(module):
 def _position(code):
     """Where in ``code`` the call under way stands; None in a function that it calls, or before Python 3.11."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", __package__):
+    while frame is not None and _is_ours_or_torchs(frame):
         frame = frame.f_back
     # fx runs a copy of the code where there are keyword-only arguments.
     if frame is None or _place(frame.f_code) != _place(code) or not hasattr(code, "co_positions"):
@@ -89,6 +90,10 @@ def _position(code):
     if None in (line, end_line, column, end_column):
         return None
     return line - code.co_firstlineno, end_line - code.co_firstlineno, column, end_column
+
+
+def _is_ours_or_torchs(frame):
+    return (frame.f_globals.get("__name__") or "").partition(".")[0] in ("torch", __package__)
 
 
 def _place(code):
@@ -132,11 +137,29 @@ def _set_random_state(state):
         sys.modules["numpy"].random.set_state((kind, sys.modules["numpy"].frombuffer(keys, "uint32"), *rest))
 
 
+class Proxy(fx.Proxy):
+    """A symbolic value, of which ``isinstance(value, torch.Tensor)`` is what its tracer says."""
+
+    @property
+    def __class__(self):
+        if not _is_ours_or_torchs(sys._getframe(1)):
+            self.tracer.asked_for_type = True
+            if self.tracer.is_tensor:
+                return torch.Tensor
+        return type(self)
+
+
 class _Tracer(fx.Tracer):
     """Records the calls that one forward makes to the modules below it, none of which is entered."""
 
     proxy_buffer_attributes = True  # A buffer that forward updates is left alone.
-    code = None
+
+    def __init__(self, code, is_tensor):
+        super().__init__()
+        self.code, self.is_tensor, self.asked_for_type = code, is_tensor, False
+
+    def proxy(self, node):
+        return Proxy(node, self)
 
     def is_leaf_module(self, m, module_qualified_name):
         return True

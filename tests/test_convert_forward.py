@@ -236,6 +236,17 @@ def test_functional_activation_that_is_left(cls, reason):
     assert_left(cls(), "bn", reason)
 
 
+def test_forward_that_asks_for_a_type():
+    """A symbolic value is no torch.Tensor: both answers are tried."""
+    act = ["if isinstance(x, torch.Tensor):", "    return F.relu(self.bn(x))", "return F.relu(self.bn(x[0]))"]
+    assert_converts(model_with_forward(*act), {"bn": "fused with relu"})
+    none = ["if not isinstance(x, torch.Tensor):", "    return F.relu(self.bn(x[0]))", "return self.bn(x)"]
+    model = model_with_forward(*none).double()
+    native = copy.deepcopy(model)
+    assert_left(model, "bn", "what follows depends on the mode or on optional arguments")
+    assert_same(model, native)
+
+
 def test_layer_that_another_method_calls_is_left():
     """Called from outside, that method would apply the activation twice."""
 
