@@ -33,7 +33,7 @@ cuda: .venv-cuda/built
 .venv-cuda/built: $(CUDA_SOURCES)
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install --quiet --constraint constraints-cuda.txt torch torchvision timm transformers \
-		setuptools wheel ninja pybind11
+		onnx onnxscript onnxruntime setuptools wheel ninja pybind11
 	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" FORCE_CUDA=1 .venv-cuda/bin/python -m pip install --quiet \
 		--constraint constraints-cuda.txt --no-build-isolation '.[test]'
 	touch $@
