@@ -16,8 +16,13 @@ from .convert_classes import (
     is_identity,
     is_sum,
 )
-from .convert_rewrite import Edit, Forward
+from .convert_rewrite import Edit, Forward, called_elsewhere
 from .convert_trace import example_graphs, trace_symbolically, why_opaque
+
+# Functions and methods that may return a view.
+_VIEWS = {"getitem", "getattr", "view", "view_as", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose"}
+_VIEWS |= {"expand", "expand_as", "chunk", "split", "unbind", "narrow", "select", "detach", "contiguous", "to", "float"}
+_VIEWS |= {"type_as", "t", "T", "movedim", "swapaxes", "unflatten", "diagonal", "alias", "tuple", "double", "half"}
 
 
 class Use(NamedTuple):
@@ -38,6 +43,7 @@ class _Seen(NamedTuple):
     edited: dict  # (parent, position) -> for each node there (layer, Edit), or None
     unproven: dict  # parent -> why its graphs do not show everything
     forwards: dict  # class -> its Forward, or why there is none
+    tried_out: set  # parents whose graphs come from example inputs alone
 
 
 def what_follows(model, names, places, example_inputs):
@@ -48,7 +54,7 @@ def what_follows(model, names, places, example_inputs):
         places: module -> every (parent, name) that it is registered at.
         example_inputs: as convert's.
     """
-    seen = _Seen(defaultdict(list), defaultdict(list), defaultdict(list), {}, {})
+    seen = _Seen(defaultdict(list), defaultdict(list), defaultdict(list), {}, {}, set())
     watched = [
         parent
         for parent in model.modules()
@@ -61,7 +67,7 @@ def what_follows(model, names, places, example_inputs):
         for parent in watched:
             _watch(parent, graphs[parent], seen.unproven)
         if example_inputs is not None:
-            _try_out(model, example_inputs, graphs, seen.unproven)
+            _try_out(model, example_inputs, graphs, seen)
     for parent in watched:
         for graph in graphs[parent]:
             _read(graph, parent, seen)
@@ -120,7 +126,7 @@ def _veto(norm, use, names, seen, places, follows):
         if isinstance(forward, str):
             return f"{_what(use)} follows it in a forward that cannot be changed: {forward}"
         for edit in use.edits:
-            why_not = forward.why_not(use.parent, edit)
+            why_not = forward.why_not(use.parent, edit) or called_elsewhere(forward, edit.layer)
             if why_not is not None:
                 return why_not
             # A line that runs several times has to mean the same each time.
@@ -162,17 +168,18 @@ def _watch(parent, graphs, unproven):
         unproven[parent] = f"{name}.forward cannot be traced ({type(error).__name__}: {message})"
 
 
-def _try_out(model, example_inputs, graphs, unproven):
+def _try_out(model, example_inputs, graphs, seen):
     """Add what the example inputs show; it proves what symbolic traces could not."""
     examples, failures = example_graphs(model, example_inputs, list(graphs))
-    for parent, seen in examples.items():
-        if parent not in unproven:
-            graphs[parent] += seen
+    for parent in graphs:
+        if parent not in seen.unproven:
+            graphs[parent] += examples.get(parent, [])
         elif parent in failures:
-            unproven[parent] += f"; {failures[parent]}"
+            seen.unproven[parent] += f"; {failures[parent]}"
         else:
-            del unproven[parent]
-            graphs[parent] = seen
+            del seen.unproven[parent]
+            seen.tried_out.add(parent)
+            graphs[parent] = examples[parent]
 
 
 def _read(graph, parent, seen):
@@ -187,7 +194,7 @@ def _read(graph, parent, seen):
             elif num_calls[module] > 1:
                 use = "called more than once"
             else:
-                use, edits = _use(node, parent, called)
+                use, edits = _use(node, parent, called, parent in seen.tried_out)
                 wanted |= {place: (module, edit) for place, edit in edits.items()}
             seen.after[module].append(use)
         elif activation_name(module) is not None:
@@ -198,7 +205,7 @@ def _read(graph, parent, seen):
             seen.edited[parent, position].append(wanted.get(node))
 
 
-def _use(node, parent, called):
+def _use(node, parent, called, tried_out):
     """(what consumes the output of a layer's call, as a Use or why that is unclear; {node: Edit})."""
     consumers = _consumers(node, called)
     activation = next((user for user in consumers if _applies(user, called)), None)
@@ -213,6 +220,8 @@ def _use(node, parent, called):
         return "followed by clamp, which is no activation: its gradient is 1 at the very bounds", {}
     if isinstance(called[node], nn.GroupNorm) or not is_sum(sum_):
         return Use(), {}
+    if tried_out and _name(sum_) in ("__iadd__", "iadd", "add_"):
+        return "a sum in place follows it, and an example does not show under which names it is used", {}
     operands = [_source(operand, called) for operand in sum_.args]
     if operands[0] is operands[1]:
         return Use(), {}
@@ -222,9 +231,48 @@ def _use(node, parent, called):
     consumers = _consumers(sum_, called)
     if len(consumers) != 1 or not _applies(consumers[0], called):
         return Use(), {}
-    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or len(node.args[0].users) != 1:
-        return "its input has another use, so that it cannot wait for the sum that follows", {}
+    # The layer will be called at the sum: until then its input must stay what it is.
+    source = node.args[0] if len(node.args) == 1 else None
+    if not isinstance(called.get(source), (nn.modules.conv._ConvNd, nn.Linear)) or len(source.users) != 1:
+        return (
+            "its input is not the output of a convolution for it alone, which could wait for the sum that follows",
+            {},
+        )
+    # The other operand is kept for backward, which native does not do: nobody may change it in place.
+    if _is_used_after(operands[first], sum_, called):
+        return "the other operand of the sum that follows is used again, and might change in place", {}
     return _checked(parent, called, node.target, consumers[0], {node: "defer", sum_: "add"}, first)
+
+
+def _is_used_after(value, node, called):
+    """Whether a value, or what may share its memory, is used after a node."""
+    if not isinstance(value, fx.Node):
+        return False
+    family = [value]
+    while _may_share_memory(family[0], called):
+        family.insert(0, family[0].args[0])
+    for member in family:  # grows
+        for user in member.users:
+            if user is node or user in family:
+                continue
+            if node < user:
+                return True
+            if user.args and user.args[0] is member and _may_share_memory(user, called):
+                family.append(user)
+    return False
+
+
+def _may_share_memory(node, called):
+    """Whether a node's value may lie in its first argument's memory: a view, or the same tensor, changed or not."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    module = called.get(node)
+    if module is not None:
+        return is_identity(module) or getattr(module, "inplace", False)
+    # "+=" reads as a sum in a symbolic trace.
+    return node.op in ("call_function", "call_method") and (
+        is_sum(node) or node.kwargs.get("inplace", False) or _describe(node) != _name(node) or _describe(node) in _VIEWS
+    )
 
 
 def _checked(parent, called, layer, activation, sum_=None, first=True):
@@ -249,8 +297,12 @@ def _applies(node, called):
     return activation_name(called.get(node)) is not None or called_activation(node) is not None
 
 
+def _name(node):
+    return getattr(node.target, "__name__", node.target)
+
+
 def _describe(node):
-    return getattr(node.target, "__name__", node.target).rstrip("_")
+    return _name(node).rstrip("_")
 
 
 def _consumers(node, called):
@@ -283,7 +335,7 @@ def _layer_before(node, called):
 def _asks(node):
     """Whether a node asks a tensor for what does not depend on its value."""
     if node.op == "call_method":
-        return node.target in ("size", "dim", "numel", "stride", "type")
+        return node.target in ("size", "dim", "numel", "stride")
     return (
         node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim")
     )

@@ -11,6 +11,7 @@ import ast
 import copy
 import functools
 import inspect
+import textwrap
 import types
 import weakref
 from typing import NamedTuple
@@ -166,6 +167,27 @@ class Forward:
         if node.id in function.__code__.co_freevars:
             return inspect.getclosurevars(function).nonlocals.get(node.id)
         return function.__globals__.get(node.id)
+
+
+def called_elsewhere(forward, layer):
+    """Which other method of the class calls a layer, and would get its activation unawares; None if none does."""
+    for cls in forward.cls.__mro__[: forward.cls.__mro__.index(torch.nn.Module)]:
+        for name, method in vars(cls).items():
+            method = inspect.unwrap(getattr(method, "__func__", method))
+            if name == "forward" or not isinstance(method, types.FunctionType):
+                continue  # A base class's forward shows in the trace.
+            if layer in method.__code__.co_names and _calls_attribute(method, layer):
+                return f"{cls.__name__}.{name} calls it too"
+    return None
+
+
+def _calls_attribute(function, attribute):
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return True
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return any(isinstance(func, ast.Attribute) and func.attr == attribute for func in calls)
 
 
 def rewrite(module, edits):

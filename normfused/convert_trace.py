@@ -185,7 +185,10 @@ def example_graphs(model, example_inputs, watched):
     graphs, unproven, state = {module: [] for module in watched}, {}, _random_state()
     for training in (True, False):
         # A copy, because a forward changes running statistics and whatever else it likes.
-        twin = copy.deepcopy(model).train(training)
+        try:
+            twin = copy.deepcopy(model).train(training)
+        except Exception as exception:  # What deepcopy raises has no common class.
+            return {}, dict.fromkeys(watched, f"the model cannot be copied to try it out ({_first_line(exception)})")
         original = dict(zip(twin.modules(), model.modules(), strict=True))
         recorder = _Recorder(original, set(watched))
         inputs = copy.deepcopy((args, kwargs))
@@ -194,7 +197,7 @@ def example_graphs(model, example_inputs, watched):
             with recorder, torch.no_grad():
                 twin(*inputs[0], **inputs[1])
         except Exception as exception:  # Whatever a user's code raises.
-            error = f"{type(exception).__name__}: {str(exception).partition(chr(10))[0]}"
+            error = _first_line(exception)
         mode = "training" if training else "evaluation"
         for module in watched:
             if module in recorder.data_dependent:
@@ -206,6 +209,11 @@ def example_graphs(model, example_inputs, watched):
             graphs[module] += recorder.graphs[module]
     _set_random_state(state)
     return graphs, unproven
+
+
+def _first_line(exception):
+    message = str(exception).partition("\n")[0]
+    return f"{type(exception).__name__}: {message}"
 
 
 def _tensors(value):
@@ -271,7 +279,12 @@ class _Recorder(TorchFunctionMode):
         self.stack = []
         for module in original:
             # A user's hooks are not to see the twin.
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for hooks in (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._backward_hooks,
+                module._backward_pre_hooks,
+            ):
                 hooks.clear()
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave, with_kwargs=True)

@@ -153,7 +153,10 @@ def _batch_norm_act(
     by_torch = backend == "torch"
     compiling = torch.compiler.is_compiling()
     if by_torch or compiling or pre_activation is not None or input.is_meta:
-        error = _batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, pre_activation)
+        tensors = {"running_mean": running_mean, "running_var": running_var, "residual": residual}
+        error = _not_tensors("batch_norm_act", **tensors) or _batch_norm_error(
+            input, running_mean, running_var, training, eps, activation, residual, pre_activation
+        )
         if error is not None:
             # torch.nn.BatchNorm counts the batch before it finds anything wrong with it; so does our operator.
             if num_batches_tracked is not None:
@@ -185,7 +188,10 @@ def _batch_norm_act(
     arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, pre_activation)
     try:
         grad_enabled = torch.is_grad_enabled()
-        if grad_enabled and running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        if grad_enabled and (
+            (running_mean is not None and running_mean.requires_grad)
+            or (running_var is not None and running_var.requires_grad)
+        ):
             raise RuntimeError("batch_norm_act: running_mean and running_var get no gradient and must not require one")
         if not (
             grad_enabled
@@ -241,17 +247,27 @@ def _batch_norm_error(input, running_mean, running_var, training, eps, activatio
                 "batch_norm_act: expected more than 1 value per channel when training, "
                 f"got input of shape {tuple(shape)}"
             )
-        if eps <= 0.0:
+        if not eps > 0.0:
             return ValueError(f"batch_norm_act: eps must be positive when training, got {eps}")
         if (running_mean is None) != (running_var is None):
             return ValueError("batch_norm_act: running_mean and running_var must both be given or both be None")
-    elif eps < 0.0:
+    elif not eps >= 0.0:
         return ValueError(f"batch_norm_act: eps must not be negative, got {eps}")
+    if residual is not None and not isinstance(residual, torch.Tensor):
+        return _not_a_tensor("batch_norm_act", "residual", residual)
     if residual is not None and residual.shape != input.shape:
         return ValueError(
             f"batch_norm_act: residual of shape {tuple(residual.shape)} does not match "
             f"input of shape {tuple(input.shape)}"
         )
+    if residual is not None and residual.dtype != input.dtype:
+        return RuntimeError(f"batch_norm_act: residual must have input's dtype, {input.dtype}, got {residual.dtype}")
+    # PyTorch's own operators notice when the running statistics are written already.
+    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("residual", residual)):
+        if t is not None and t.device != input.device:
+            return RuntimeError(
+                f"batch_norm_act: {name} must be on the device of input, {input.device}, got {t.device}"
+            )
     return None
 
 

@@ -1,5 +1,9 @@
 """Models that convert meets, and what the tests of convert and revert share."""
 
+import copy
+import itertools
+import linecache
+import operator
 import warnings
 
 import pytest
@@ -12,7 +16,7 @@ import normfused
 from normfused import BatchNormAct2d
 from normfused.convert import FusedActivation
 
-RELU6, NONE = "fused with relu6", "no activation"
+RELU6, NONE, ADD_RELU = "fused with relu6", "no activation", "fused with add, relu"
 
 
 def convert(model, example_inputs=None):
@@ -58,6 +62,41 @@ def assert_close(actual, expected):
 
 def structure(model):
     return [(name, id(module), type(module)) for name, module in model.named_modules()]
+
+
+def assert_same(model, native, steps=3):
+    assert_close(train(model, steps), train(native, steps))
+    assert_close(model.state_dict(), native.state_dict())
+    assert_close(model.eval()(x4()), native.eval()(x4()))
+
+
+def assert_converts(model, outcomes, example_inputs=None):
+    """Converts to ``outcomes``, computes the same, and goes back to the very forward."""
+    model = model.double()
+    native, before, training = copy.deepcopy(model), structure(model), model.training
+    assert convert(model, example_inputs) == outcomes
+    assert_same(copy.deepcopy(model), copy.deepcopy(native))
+    normfused.revert(model)
+    assert structure(model) == before
+    assert model.training == training
+    assert torch.equal(model.eval()(x4()), native.eval()(x4()))
+
+
+def model_with_forward(*body):
+    """A module with a convolution, a BatchNorm, and a forward of these lines."""
+    name = f"<forward {next(_numbers)}>"
+    source = "".join(f"{line}\n" for line in ("def forward(self, x):", *(f"    {line}" for line in body)))
+    # Where inspect looks for the source of what was typed into a notebook, too.
+    linecache.cache[name] = len(source), None, source.splitlines(True), name
+    namespace = {"nn": nn, "torch": torch, "F": F, "operator": operator}
+    exec(compile(source, name, "exec"), namespace)
+    cls = type("Model", (nn.Module,), {"forward": namespace["forward"]})
+    model = cls()
+    model.conv, model.bn, model.function, model.in_place = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), F.silu, False
+    return model
+
+
+_numbers = itertools.count()
 
 
 # Models

@@ -1,19 +1,16 @@
 """Functional activations and residual sums: convert leaves them out of a forward exactly where a trace shows them."""
 
 import copy
-import itertools
 import linecache
-import operator
 import pickle
-import random
 import sys
 import traceback
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from convert_models import (
+    ADD_RELU,
     NONE,
     RELU6,
     BasicBlock,
@@ -22,8 +19,11 @@ from convert_models import (
     FunctionalBlock,
     Siblings,
     assert_close,
+    assert_converts,
     assert_left,
+    assert_same,
     convert,
+    model_with_forward,
     structure,
     train,
     x4,
@@ -33,43 +33,6 @@ from torch import nn
 import normfused
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="finding a call in the source takes Python 3.11")
-
-ADD_RELU = "fused with add, relu"
-
-
-def assert_same(model, native, steps=3):
-    assert_close(train(model, steps), train(native, steps))
-    assert_close(model.state_dict(), native.state_dict())
-    assert_close(model.eval()(x4()), native.eval()(x4()))
-
-
-def assert_converts(model, outcomes, example_inputs=None):
-    """Converts to ``outcomes``, computes the same, and goes back to the very forward."""
-    model = model.double()
-    native, before, training = copy.deepcopy(model), structure(model), model.training
-    assert convert(model, example_inputs) == outcomes
-    assert_same(copy.deepcopy(model), copy.deepcopy(native))
-    normfused.revert(model)
-    assert structure(model) == before
-    assert model.training == training
-    assert torch.equal(model.eval()(x4()), native.eval()(x4()))
-
-
-def model_with_forward(*body):
-    """A module with a convolution, a BatchNorm, and a forward of these lines."""
-    name = f"<forward {next(_numbers)}>"
-    source = "".join(f"{line}\n" for line in ("def forward(self, x):", *(f"    {line}" for line in body)))
-    # Where inspect looks for the source of what was typed into a notebook, too.
-    linecache.cache[name] = len(source), None, source.splitlines(True), name
-    namespace = {"nn": nn, "torch": torch, "F": F, "operator": operator}
-    exec(compile(source, name, "exec"), namespace)
-    cls = type("Model", (nn.Module,), {"forward": namespace["forward"]})
-    model = cls()
-    model.conv, model.bn, model.function, model.in_place = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), F.silu, False
-    return model
-
-
-_numbers = itertools.count()
 
 
 # Functional activations
@@ -273,6 +236,21 @@ def test_functional_activation_that_is_left(cls, reason):
     assert_left(cls(), "bn", reason)
 
 
+def test_layer_that_another_method_calls_is_left():
+    """Called from outside, that method would apply the activation twice."""
+
+    class Model(Functional):
+        def features(self, x):
+            return F.relu6(self.bn(x))
+
+    class Initialised(Functional):
+        def zero_init(self):
+            nn.init.zeros_(self.bn.weight)
+
+    assert_left(Model(), "bn", "Model.features calls it too")
+    assert convert(Initialised()) == {"bn": RELU6}
+
+
 def test_forward_without_source_is_left():
     model = model_with_forward("return F.relu6(self.bn(x))")
     del linecache.cache[type(model).forward.__code__.co_filename]
@@ -355,7 +333,8 @@ def test_operands_are_computed_in_their_order():
         (["y = self.bn(self.conv(x)) + x", "return F.relu(y) + y"], NONE),
         (["y = self.bn(self.conv(x))", "return F.relu(y + y)"], NONE),
         (["return F.relu(operator.add(self.bn(self.conv(x)), x))"], "written in a way that is not"),
-        (["y = self.conv(x)", "return F.relu(self.bn(y) + y)"], "its input has another use"),
+        (["y = self.conv(x)", "return F.relu(self.bn(y) + y)"], "its input is not the output of a convolution"),
+        (["y = self.bn(x.view(x.shape))", "x = x * 2", "return F.relu(y + x)"], "its input is not the output of a"),
         (["return F.relu(torch.add(self.bn(self.conv(x)), x, alpha=2))"], NONE),
         (["return F.relu(self.bn(self.conv(x)) - x)"], NONE),
         (["return F.gelu(self.bn(self.conv(x)) + x)"], NONE),
@@ -389,6 +368,16 @@ def test_hooks_on_a_layer_before_a_sum():
     outcomes = convert(model)
     assert "hooks" in outcomes["bn2"]
     assert "activation relu is used elsewhere too" in outcomes["bn1"]
+
+
+def test_hooks_on_the_module_around_go_on():
+    model = Bottleneck().double()
+    native, seen = copy.deepcopy(model), []
+    model.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    model.register_forward_hook(lambda module, args, y: seen.append("after") or y * 2)
+    assert convert(model)["bn2"] == ADD_RELU
+    assert_close(model(x4()), native(x4()) * 2)
+    assert seen == ["before", "after"]
 
 
 def test_frozen_statistics_stay_frozen():
@@ -515,136 +504,3 @@ def test_compiled_whole():
     expected.square().mean().backward()
     assert_close(y, expected)
     assert_close([p.grad for p in model.parameters()], [p.grad for p in native.parameters()])
-
-
-# Example inputs
-
-
-class _LooksAtShapes(Siblings):
-    def forward(self, x):
-        if x.shape[1] != 4:
-            raise ValueError(f"expected 4 channels, got {x.shape[1]}")
-        return F.silu(self.act(self.bn(self.conv(x))))
-
-
-class _Derives(Siblings):
-    def forward(self, x):
-        y = self.bn(self.conv(x))
-        if y.sum() > 1e30:
-            return y
-        return self.act(y)
-
-
-class _DerivesBelow(Siblings):
-    """The value is read by a child and decides here."""
-
-    class Big(nn.Module):
-        def forward(self, x):
-            return x.sum().item() > 1e30
-
-    def __init__(self):
-        super().__init__()
-        self.big = self.Big()
-
-    def forward(self, x):
-        y = self.bn(self.conv(x))
-        return y if self.big(x) else self.act(y)
-
-
-class _Draws(Siblings):
-    def forward(self, x):
-        y = self.bn(self.conv(x))
-        return y if random.random() < 0.5 else self.act(y)
-
-
-class _DrawsFromNumPy(Siblings):
-    def forward(self, x):
-        y = self.bn(self.conv(x))
-        return y if np.random.random() < 0.5 else self.act(y)
-
-
-class _DrawsTensor(Siblings):
-    def forward(self, x):
-        y = self.bn(self.conv(x))
-        return y if torch.rand(()) < 0.5 else self.act(y)
-
-
-class _Output:
-    def __init__(self, features, y):
-        self.features, self.y = features, y
-
-
-class _Packs(Siblings):
-    """Its output is an object that torch does not know."""
-
-    def forward(self, x):
-        if x.shape[1] != 4:
-            raise ValueError
-        y = self.bn(self.conv(x))
-        return _Output([y], self.act(y))
-
-
-def test_example_inputs_prove_what_symbolic_tracing_cannot():
-    model = _LooksAtShapes().double()
-    assert "cannot be traced" in convert(copy.deepcopy(model))["bn"]
-    assert_converts(model, {"bn": RELU6}, x4())
-    assert_converts(_LooksAtShapes(), {"bn": RELU6}, (x4(),))
-    assert_converts(_LooksAtShapes(), {"bn": RELU6}, {"x": x4()})
-
-
-@pytest.mark.parametrize(
-    ("cls", "reason"),
-    [
-        (_Derives, "what it does depends on a tensor's value (__bool__)"),
-        (_DerivesBelow, "what it does depends on a tensor's value (item)"),
-        (_Draws, "what it does depends on random numbers in Python"),
-        (_DrawsFromNumPy, "what it does depends on random numbers in Python"),
-        (_DrawsTensor, "it reads a tensor's value (__bool__)"),
-        (_Packs, "its output has another use besides act"),
-    ],
-)
-def test_example_inputs_do_not_prove_what_another_input_might_refute(cls, reason):
-    assert_left(cls().double(), "bn", reason, x4())
-
-
-def test_example_inputs_that_fail_prove_nothing():
-    assert_left(
-        _LooksAtShapes().double(), "bn", "the example inputs fail in training (ValueError: expected 4", x4()[:, :3]
-    )
-
-
-def test_example_inputs_that_do_not_reach_a_module():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.unused = _LooksAtShapes(), _LooksAtShapes()
-
-        def forward(self, x):
-            return self.used(x)
-
-    outcomes = convert(Model().double(), x4())
-    assert outcomes["used.bn"] == RELU6
-    assert "the example inputs do not reach it in training" in outcomes["unused.bn"]
-
-
-def test_example_inputs_leave_model_inputs_hooks_and_random_numbers_alone():
-    class Model(_LooksAtShapes):
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            torch.rand(1), random.random(), np.random.random()
-            return super().forward(x.add_(1))
-
-    model, x, seen = Model().double().eval(), x4(), []
-    model.register_forward_hook(lambda *_: seen.append(1))
-    before, state = torch.get_rng_state(), copy.deepcopy(model.state_dict())
-    random.seed(0), np.random.seed(0)
-    expected = random.random(), np.random.random()
-    random.seed(0), np.random.seed(0)
-    convert(model, x)
-    assert (random.random(), np.random.random()) == expected
-    assert torch.equal(x, x4())
-    assert torch.equal(torch.get_rng_state(), before)
-    assert (model.calls, seen, model.training, model.bn.training) == (0, [], False, False)
-    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)

@@ -49,7 +49,7 @@ def call():
         except Exception: pass
     libc.malloc(ctypes.c_size_t(leak)) if leak else None
 
-for _ in range(100): call()
+for _ in range(1000): call()
 before = in_use()
 for _ in range(1000): call()
 print(in_use() - before)
@@ -74,7 +74,7 @@ def growth(leak):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallinfo2 is glibc's")
 def test_a_thousand_calls_leak_nothing():
     """pytorch#191340: 48 bytes with every string argument, in torch before 2.14."""
-    # An object of 8 bytes kept by every call would show.
-    assert abs(growth(leak=0)) < 8_000
-    # And does.
-    assert growth(leak=24) >= 24_000
+    # autograd's own tables grow at first; an object that every call keeps would show.
+    assert abs(growth(leak=0)) < 24_000
+    # And does: an empty string's.
+    assert growth(leak=32) >= 32_000
