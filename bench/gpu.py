@@ -18,7 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import gpu_report
+from . import gpu_report, report
+from .providers import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 _TESTS = (
@@ -141,6 +142,20 @@ def judge_sanitizer(status, log):
     if unsupported or verdict == "skipped" or (not outcomes_of(log) and status != "cut"):
         return "refused", unsupported[0] if unsupported else "it ran no test"
     return verdict, sentence
+
+
+def judge_benchmark(status, log, rows):
+    """The same for a benchmark: it fails where a provider of ours has wrong numbers or raises, memory apart."""
+    failed = [row for row in rows if row["failure"] is not None]
+    sentence = f"{len(rows) - len(failed)} rows" + (f", {len(failed)} failed" if failed else "")
+    ours = [row for row in failed if row["provider"] in OURS and "out of memory" not in row["failure"]]
+    if ours:
+        return "failed", f"{sentence}; {ours[0]['provider']}, {report.label(ours[0])}: {ours[0]['failure']}"
+    if status in ("cut", 130):
+        return "cut", sentence
+    if status != 0:
+        return "failed", f"{sentence}; {_ended('')(status, log)[1]}"
+    return "passed", sentence
 
 
 class Run:
@@ -290,22 +305,12 @@ def warm_up(run, sections):
     ]
 
 
-def run_tests(run):
-    """The tests of tests/test_cuda.py, those of replays and of repeatability as parts of their own."""
-    parts = (
-        ("tests of the CUDA backends", "not (replay or repeat)", 110),
-        ("CUDA graphs, 100 replays", "replay", 45),
-        ("repeatability, 1000 times", "repeat", 75),
-    )
-    for name, selection, limit in parts if run.device == "cuda" else parts[:1]:
-        run.part(name, _python(*_TESTS, "tests/test_cuda.py", "-k", selection), limit, judge_tests)
-
-
-def run_tests_of_every_backend(run, limit):
-    """All other tests that a GPU can run, in several processes where pytest-xdist is installed."""
-    several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    command = _python(*_TESTS, "tests", "--ignore=tests/test_cuda.py", "--continue-on-collection-errors", *several)
-    run.part("all tests on the GPU", command, limit, judge_tests, environment={"OMP_NUM_THREADS": "1"})
+def run_tests(run, name, selection, limit, *files, processes=1):
+    """Those of the tests that need a GPU, in several processes where pytest-xdist is installed."""
+    parallel = ["-n", str(processes)] if processes > 1 and importlib.util.find_spec("xdist") else []
+    # A file whose imports are missing here is one failure, and the others run.
+    command = _python(*_TESTS, *files, "-k", selection, "--continue-on-collection-errors", *parallel)
+    return run.part(name, command, limit, judge_tests, environment={"OMP_NUM_THREADS": "1"})
 
 
 def sanitize(run, limit):
@@ -313,7 +318,7 @@ def sanitize(run, limit):
     program = shutil.which("compute-sanitizer", path=run.environment["PATH"])
     if program is None:
         return run.report.add("compute-sanitizer", "refused", "it is not installed here", 0.0, True)
-    tests = _python(*_TESTS, "tests/test_cuda.py", "-k", "sanitizer")
+    tests = _python(*_TESTS, "tests/test_cuda.py", "-k", "sanitizer and extension")
     begin = time.monotonic()
     started = []
     for tool in _TOOLS:
@@ -341,17 +346,10 @@ def benchmarks(run, sections, reserve):
 
         def judge(status, log, folder=folder, section=section):
             run.report.merge(section.name, folder / "ops.json")
-            rows = run.report.rows_of(section.name)
-            failed = sum(row["failure"] is not None for row in rows)
-            sentence = f"{len(rows) - failed} rows" + (f", {failed} failed" if failed else "")
-            if status in ("cut", 130):
-                return "cut", sentence
-            if status != 0:
-                return "failed", f"{sentence}; {_ended('')(status, log)[1]}"
-            return "passed", sentence
+            return judge_benchmark(status, log, run.report.rows_of(section.name))
 
         limit = run.left()
-        run.part(f"benchmark: {section.name}", command, limit, judge, correctness=False, reserve=reserve, look=merge)
+        run.part(f"benchmark: {section.name}", command, limit, judge, reserve=reserve, look=merge)
 
 
 def describe(run, arguments):
@@ -378,26 +376,34 @@ def on_gpu(run, no_build, arguments):
     if not no_build:
         build(run, architecture)
     describe(run, arguments)
-    run_tests(run)
+    ours = "tests/test_cuda.py"
+    run_tests(run, "tests of the CUDA kernels", "not (replay or repeat or triton)", 100, ours, processes=4)
+    run_tests(run, "CUDA graphs, 100 replays", "replay", 45, ours)
+    run_tests(run, "repeatability, 1000 times", "repeat", 60, ours)
     enough = time.monotonic() + min(30, run.left(240))
     for process in warming:
         run.wait(process, enough - time.monotonic())
     benchmarks(run, FIRST_SECTIONS, reserve=130)
-    run_tests_of_every_backend(run, 75)
-    sanitize(run, min(60 * run.scale, run.left(10)))
+    run_tests(run, "all tests on the CUDA kernels", "extension", 60, "tests", f"--ignore={ours}", processes=8)
+    sanitize(run, min(55 * run.scale, run.left(10)))
+    run_tests(run, "all tests on the Triton kernels", "triton", 60, "tests", processes=12)
     benchmarks(run, MORE_SECTIONS, reserve=_GRACE)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def main(options, arguments):
     """``python -m bench gpu``; status 1 where a part that is about correctness failed."""
     run = Run(options.out, options.device, options.minutes)
     # Ended by whoever started us: as by Ctrl-C, so that children end and the report is whole.
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         if options.device == "cuda":
             on_gpu(run, options.no_build, arguments)
         else:
-            run_tests(run)
+            run_tests(run, "tests of the CUDA kernels", "not triton", 100, "tests/test_cuda.py")
             run.report.add("compute-sanitizer", "skipped", "it needs a GPU", 0.0)
             benchmarks(run, CPU_SECTIONS, reserve=0)
     except KeyboardInterrupt:
@@ -405,6 +411,7 @@ def main(options, arguments):
         print("\ninterrupted: writing what was found", file=sys.stderr)
     finally:
         run.close()
+        signal.signal(signal.SIGTERM, before)
     print(run.report.summary())
     print("written: " + ", ".join(str(path) for path in run.report.paths()), file=sys.stderr)
     if run.report.interrupted:

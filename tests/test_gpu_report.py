@@ -33,7 +33,7 @@ def test_a_run_without_a_gpu(tmp_path, capsys):
     statuses = {part["name"]: part["status"] for part in content["parts"]}
     on_gpu = torch.cuda.is_available()
     assert statuses == {
-        "tests of the CUDA backends": statuses["tests of the CUDA backends"] if on_gpu else "skipped",
+        "tests of the CUDA kernels": statuses["tests of the CUDA kernels"] if on_gpu else "skipped",
         "compute-sanitizer": "skipped",
         "benchmark: BatchNorm": "passed",
     }
@@ -212,6 +212,28 @@ NO_ERRORS = "========= ERROR SUMMARY: 0 errors"
 )
 def test_what_a_sanitizer_says(status, log, verdict, sentence):
     assert gpu.judge_sanitizer(status, log) == (verdict, sentence)
+
+
+@pytest.mark.parametrize(
+    ("status", "provider", "failure", "verdict"),
+    [
+        (0, "normfused", None, "passed"),
+        (0, "normfused", "y: 3 of 8 elements wrong, by up to 7 times the tolerance", "failed"),
+        ("cut", "path-block", "RuntimeError: CUDA error", "failed"),
+        (0, "compile", "y: 3 of 8 elements wrong, by up to 7 times the tolerance", "passed"),
+        (0, "triton", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "passed"),
+        (130, "compile", None, "cut"),
+        ("cut", "compile", None, "cut"),
+        (1, "compile", None, "failed"),
+    ],
+)
+def test_what_a_benchmark_says(status, provider, failure, verdict):
+    rows = ops.make_rows(
+        batch_norm(), "forward", {"eager": timing.summarise([1.0])}, {provider: failure} if failure else {}
+    )
+    found, sentence = gpu.judge_benchmark(status, "MemoryError", rows)
+    assert found == verdict
+    assert sentence.startswith("1 rows, 1 failed" if failure else "1 rows")
 
 
 # Goals
