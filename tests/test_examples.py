@@ -1,13 +1,16 @@
-"""Every script in examples/ runs, and does what it says."""
+"""Every script in examples/ runs, and does what it says; so does every example in docs/distributed.md."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "distributed.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -75,6 +78,11 @@ def test_transformers_trainer(example):
     assert_learns(losses)
     pixels = torch.rand(2, 1, 32, 32)
     torch.testing.assert_close(plain.eval()(pixels).logits, model.eval()(pixels).logits)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_docs(block):
+    exec(compile(block, "docs/distributed.md", "exec"), {})
 
 
 def test_scripts_are_short():
