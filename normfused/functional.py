@@ -241,11 +241,11 @@ def _batch_norm_error(input, running_mean, running_var, training, eps, activatio
                 "batch_norm_act: expected more than 1 value per channel when training, "
                 f"got input of shape {tuple(shape)}"
             )
-        if eps <= 0.0:
+        if not eps > 0.0:
             return ValueError(f"batch_norm_act: eps must be positive when training, got {eps}")
         if (running_mean is None) != (running_var is None):
             return ValueError("batch_norm_act: running_mean and running_var must both be given or both be None")
-    elif eps < 0.0:
+    elif not eps >= 0.0:
         return ValueError(f"batch_norm_act: eps must not be negative, got {eps}")
     if residual is not None and not isinstance(residual, torch.Tensor):
         return _not_a_tensor("batch_norm_act", "residual", residual)
@@ -253,6 +253,10 @@ def _batch_norm_error(input, running_mean, running_var, training, eps, activatio
         return ValueError(
             f"batch_norm_act: residual of shape {tuple(residual.shape)} does not match "
             f"input of shape {tuple(input.shape)}"
+        )
+    if residual is not None and residual.dtype != input.dtype:
+        return RuntimeError(
+            f"batch_norm_act: residual must have the dtype of input, {input.dtype}, got {residual.dtype}"
         )
     return None
 
