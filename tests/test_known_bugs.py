@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     CHANNELS_LAST,
-    activate,
     assert_memory_format,
     assert_same,
     interpreted,
@@ -420,12 +419,12 @@ def test_pytorch_175024_22095_two_evaluations_before_a_backward_that_sees_new_bu
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_pytorch_96136_checkpointing_counts_as_native_does(backend, reentrant):
-    """A checkpointed segment runs forward twice, and both update: whoever changes that changes it knowingly."""
-    ours, native = BatchNormAct2d(3), nn.BatchNorm2d(3)
+def test_pytorch_96136_checkpointing_updates_the_statistics_once(backend, reentrant):
+    """A checkpointed segment runs forward twice; torch.nn's layers count both."""
+    ours, once, native = BatchNormAct2d(3), BatchNormAct2d(3), nn.BatchNorm2d(3)
     for module in (ours, native):
-        x = randn(4, 3, 5, 5).requires_grad_()
-        activate(checkpoint(module, x, use_reentrant=reentrant), None).sum().backward()
-    assert ours.num_batches_tracked == native.num_batches_tracked == 2
-    assert_same(ours.running_mean, native.running_mean, "running_mean")
-    assert_same(ours.running_var, native.running_var, "running_var")
+        checkpoint(module, randn(4, 3, 5, 5).requires_grad_(), use_reentrant=reentrant).sum().backward()
+    once(randn(4, 3, 5, 5))
+    assert native.num_batches_tracked == 2
+    for buffer, expected in zip(ours.buffers(), once.buffers(), strict=True):
+        assert torch.equal(buffer, expected)
