@@ -1,11 +1,11 @@
-"""Command line: ``python -m bench ops``, ``compare``, ``gpu`` and ``demo``."""
+"""Command line: ``python -m bench ops``, ``model``, ``compare``, ``report``, ``gpu`` and ``demo``."""
 
 import argparse
 import sys
 
 import torch
 
-from . import cases, compare, ops, providers, report
+from . import cases, compare, model, ops, page, providers, report
 
 _EPILOG = """examples:
   python -m bench ops                                          everything; torch.compile takes its time for each shape
@@ -13,7 +13,9 @@ _EPILOG = """examples:
   python -m bench ops --shape 32,96,112,112 --dtype bf16 --layout channels_last --groups 32 --activation silu
   python -m bench ops --family tiny                            host time of one call
   python -m bench ops --device cuda --batch 32 128 256         on a GPU
+  python -m bench model --layout channels_last                 a training step of MobileNetV2
   python -m bench compare before/ops.json after/ops.json       status 1 where something became slower
+  python -m bench report after/ops.json --out out/report.html  a page to look around in
   python -m bench gpu --out out/gpu                            all that needs a GPU
   python -m bench demo --out out/demo
 """
@@ -63,7 +65,9 @@ def parser():
     )
     commands = whole.add_subparsers(dest="command", required=True)
     _add_ops(commands)
+    _add_threads(model.add_command(commands, _positive))
     _add_compare(commands)
+    _add_report(commands)
     _add_gpu(commands)
     _add_demo(commands)
     return whole
@@ -129,7 +133,8 @@ def _add_ops(commands):
         nargs="+",
         choices=tuple(providers.PROVIDERS),
         help="default: eager, compile, normfused, on a GPU triton, and those of liger, inplace_abn, apex that are "
-        "installed; compile-max is torch.compile with max-autotune",
+        "installed; compile-max is torch.compile with max-autotune, path-* the CUDA kernels on one path of the "
+        "launch plan where it can serve a case",
     )
     ours.add_argument("--seed", type=int, default=0, help="of the numbers and of the order; default: 0")
     ours.add_argument("--resume", action="store_true", help="measure only what FOLDER/ops.json does not have yet")
@@ -154,7 +159,11 @@ def _add_compare(commands):
     ours.add_argument("old", help="ops.json of the earlier run")
     ours.add_argument("new", help="ops.json of the later run")
     ours.add_argument(
-        "--providers", nargs="+", choices=tuple(providers.PROVIDERS), default=list(providers.OURS), help="default: ours"
+        "--providers",
+        nargs="+",
+        choices=tuple(providers.PROVIDERS),
+        default=["normfused", "triton"],
+        help="default: ours",
     )
     ours.add_argument(
         "--threshold", type=_positive(float), default=0.05, help="relative change that is none; default: 0.05"
@@ -165,6 +174,17 @@ def _add_compare(commands):
         default="seconds",
         help="copies: times as multiples of the copy in the same run, for machines that are not equally fast",
     )
+
+
+def _add_report(commands):
+    ours = commands.add_parser(
+        "report",
+        help="runs as one HTML page",
+        description="One self-contained HTML page of files that `ops` and `gpu` wrote: bandwidth against size, bars "
+        "for each layer, a table to sort and to filter, the environment.",
+    )
+    ours.add_argument("runs", nargs="+", metavar="JSON", help="ops.json, or report.json of `gpu`")
+    ours.add_argument("--out", default="out/report.html", metavar="FILE", help="default: out/report.html")
 
 
 def _add_gpu(commands):
@@ -298,6 +318,8 @@ def main(arguments=None):
     options = whole.parse_args(arguments)
     if options.command == "compare":
         return compare.main(options, whole.error)
+    if options.command == "report":
+        return page.main(options, whole.error)
     if options.command == "gpu":
         from . import gpu  # this process loads no CUDA: its children have all of the GPU
 
@@ -306,6 +328,8 @@ def main(arguments=None):
         torch.set_num_threads(options.threads)
     if options.command == "ops":
         return run_ops(options, arguments, whole.error)
+    if options.command == "model":
+        return model.main(options, arguments)
     from . import demo  # scikit-learn and matplotlib are needed by the demo alone
 
     return demo.main(options, arguments)

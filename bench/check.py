@@ -12,7 +12,7 @@ import torch
 from normfused import reference
 
 from . import cases
-from .providers import EPS
+from .providers import EPS, OURS
 
 # Where an activation's gradient jumps.
 _KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
@@ -52,7 +52,7 @@ def _tolerances(case):
 
 
 # Elements a float64 chunk may have: the reference makes about ten temporaries of that size.
-_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
+_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
 def _view(t, x):
@@ -140,7 +140,7 @@ def check(case, inputs, parameters, results, statistics=None):
     Returns:
         {provider: None or a sentence about its first wrong result}.
     """
-    verdicts = {provider: _wrong_kind(case, inputs.x, got) for provider, got in results.items()}
+    verdicts = {provider: _wrong_kind(case, inputs.x, got, provider in OURS) for provider, got in results.items()}
     tolerances = _tolerances(case)
     for channels in _chunks(case, inputs.x.device.type):
         x, dy, residual = (
@@ -160,12 +160,17 @@ def check(case, inputs, parameters, results, statistics=None):
     return verdicts
 
 
-def _wrong_kind(case, x, got):
+def _wrong_kind(case, x, got, keeps_format):
     full = [pair for pair in zip(("y", "dx", "dweight", "dbias", "dresidual"), got, strict=False) if pair[1].dim() > 1]
     for name, tensor in full:
         if (tensor.shape, tensor.dtype) != (x.shape, x.dtype):
             return f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(x.shape)} {x.dtype}"
-    if case.layout == "channels_last" and not got[0].is_contiguous(memory_format=cases.memory_format(case)):
+    # PyTorch's own GroupNorm does not keep it on a GPU.
+    if (
+        keeps_format
+        and case.layout == "channels_last"
+        and not got[0].is_contiguous(memory_format=cases.memory_format(case))
+    ):
         return "y is not channels_last as x is"
     return None
 

@@ -102,7 +102,7 @@ def _percent(ratio):
 
 
 def load(path):
-    """(rows, a line about them) of a file that ``python -m bench ops`` wrote.
+    """(rows, environment, a line about them) of a file that ``python -m bench ops`` or ``gpu`` wrote.
 
     Raises:
         ValueError: it is not one.
@@ -115,13 +115,13 @@ def load(path):
         report.by_case(rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file that `python -m bench ops` wrote: {error!r}") from error
-    return rows, about
+    return rows, where, about
 
 
 def main(options, error):
     """``python -m bench compare``: status 1 where something became slower or fails now."""
     try:
-        (old, about_old), (new, about_new) = load(options.old), load(options.new)
+        (old, _, about_old), (new, _, about_new) = load(options.old), load(options.new)
     except ValueError as why:
         error(str(why))
     changes = compare(old, new, options.providers, threshold=options.threshold, unit=options.unit)

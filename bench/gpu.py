@@ -30,6 +30,7 @@ _ERROR_EXIT = 86
 # Seconds between two looks at a running part, and those that a part is given to write what it has.
 _LOOK, _GRACE = 2.0, 15.0
 _LINES_KEPT = 30
+DEFAULT_MINUTES = 8.7
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ FIRST_SECTIONS = (
     _section("BatchNorm, bfloat16", f"--family batch_norm --batch 32 256 --dtype bf16 {_TRAINING}"),
     _section("host time", "--family tiny --seconds 1"),
     _section("GroupNorm, bfloat16", f"--family diffusion video --dtype bf16 {_TRAINING}"),
+    _section(
+        "launch paths, bfloat16",
+        "--family batch_norm --batch 32 256 --dtype bf16 --mode forward backward --seconds 0.1 "
+        "--providers path-two_kernels path-block path-cluster path-cooperative normfused",
+    ),
     _section("ResNet-50, bfloat16", f"--family resnet50 --dtype bf16 {_TRAINING}"),
 )
 MORE_SECTIONS = (
@@ -143,6 +149,7 @@ class Run:
     def __init__(self, out, device, minutes):
         self.start = time.monotonic()
         self.end = self.start + minutes * 60
+        self.scale = max(1.0, minutes / DEFAULT_MINUTES)  # of the limits of single parts
         self.device = device
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -201,7 +208,7 @@ class Run:
             correctness: whether a failure of it fails the whole run.
             reserve: seconds to leave for what comes later.
         """
-        limit = min(limit, self.left(reserve))
+        limit = min(limit * self.scale, self.left(reserve))
         if limit < 5:
             return self.report.add(name, "cut", "no time was left for it", 0.0, correctness)
         print(f"[{time.monotonic() - self.start:4.0f} s] {name} (at most {limit:.0f} s)", flush=True)
@@ -250,28 +257,32 @@ def _ended(sentence):
     return judge
 
 
-def build(run):
-    """Build the extension in place for the GPU at hand; without its kernels where that fails, so that the rest runs."""
+def capability(run):
+    """The compute capability of the GPU at hand, "9.0" say; None, and a part that failed, where none answers."""
     code = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
     process, path = run.spawn("capability", _python("-c", code))
     status = run.wait(process, 60)
-    answer = path.read_text(errors="replace").strip().splitlines()
+    answer = path.read_text(errors="replace").strip().splitlines() or ["no output"]
     if status != 0:
-        return run.report.add("build", "failed", f"no GPU answers: {answer[-1] if answer else status}", 0.0, True)
+        run.report.add("a GPU", "failed", f"none answers: {answer[-1]}", 0.0)
+        return None
+    return answer[-1]
+
+
+def build(run, architecture):
+    """Build the extension in place for one architecture; without CUDA where that fails, so that the rest runs."""
     jobs = str(os.cpu_count() or 1)
-    options = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": answer[-1], "MAX_JOBS": jobs}
+    options = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": jobs}
     command = _python("setup.py", "build_ext", "--inplace")
-    if run.part("build", command, 200, _ended(f"for {answer[-1]}"), environment=options) != "passed":
+    if run.part("build", command, 200, _ended(f"for {architecture}"), environment=options) != "passed":
         options = {"USE_CUDA": "0", "MAX_JOBS": jobs}
         run.part("build without CUDA", command, 120, _ended("CPU kernels"), environment=options)
-    return None
 
 
 def warm_up(run, sections):
     """Start compiling what torch.compile is measured with, in the background: the build leaves most cores idle."""
     workers = max(1, min(12, (os.cpu_count() or 1) - 4))
-    # One thread each, and no search for configurations that the others would disturb is kept.
-    options = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE": "0", "OMP_NUM_THREADS": "1"}
+    options = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     arguments = [part for section in sections for part in ("--then", *section.arguments)]
     return [
         run.spawn(f"warm {index}", _python("-m", "bench.warm", str(index), str(workers), *arguments), options)[0]
@@ -293,7 +304,7 @@ def run_tests(run):
 def run_tests_of_every_backend(run, limit):
     """All other tests that a GPU can run, in several processes where pytest-xdist is installed."""
     several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    command = _python(*_TESTS, "tests", "--ignore=tests/test_cuda.py", *several)
+    command = _python(*_TESTS, "tests", "--ignore=tests/test_cuda.py", "--continue-on-collection-errors", *several)
     run.part("all tests on the GPU", command, limit, judge_tests, environment={"OMP_NUM_THREADS": "1"})
 
 
@@ -339,7 +350,8 @@ def benchmarks(run, sections, reserve):
                 return "failed", f"{sentence}; {_ended('')(status, log)[1]}"
             return "passed", sentence
 
-        run.part(f"benchmark: {section.name}", command, 300, judge, correctness=False, reserve=reserve, look=merge)
+        limit = run.left()
+        run.part(f"benchmark: {section.name}", command, limit, judge, correctness=False, reserve=reserve, look=merge)
 
 
 def describe(run, arguments):
@@ -357,32 +369,35 @@ def describe(run, arguments):
     run.report.add("the extension serves CUDA tensors", verdict, f"the backend is {served!r}", 0.0)
 
 
+def on_gpu(run, no_build, arguments):
+    """Everything, in the order of importance: what there is no time for is left out at the end."""
+    architecture = capability(run)
+    if architecture is None:
+        return
+    warming = warm_up(run, (*FIRST_SECTIONS, *MORE_SECTIONS[:1]))
+    if not no_build:
+        build(run, architecture)
+    describe(run, arguments)
+    run_tests(run)
+    enough = time.monotonic() + min(30, run.left(240))
+    for process in warming:
+        run.wait(process, enough - time.monotonic())
+    benchmarks(run, FIRST_SECTIONS, reserve=130)
+    run_tests_of_every_backend(run, 75)
+    sanitize(run, min(60 * run.scale, run.left(10)))
+    benchmarks(run, MORE_SECTIONS, reserve=_GRACE)
+
+
 def main(options, arguments):
     """``python -m bench gpu``; status 1 where a part that is about correctness failed."""
     run = Run(options.out, options.device, options.minutes)
-    on_gpu = options.device == "cuda"
     # Ended by whoever started us: as by Ctrl-C, so that children end and the report is whole.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     try:
-        warming = []
-        if on_gpu:
-            warming = warm_up(run, (*FIRST_SECTIONS, *MORE_SECTIONS[:1]))
-        if not options.no_build:
-            build(run) if on_gpu else run.part(
-                "build", _python("setup.py", "build_ext", "--inplace"), 600, _ended("CPU")
-            )
-        if on_gpu:
-            describe(run, arguments)
-        run_tests(run)
-        wait_until = time.monotonic() + min(30, run.left(240))
-        for process in warming:
-            run.wait(process, wait_until - time.monotonic())
-        if on_gpu:
-            benchmarks(run, FIRST_SECTIONS, reserve=130)
-            run_tests_of_every_backend(run, 75)
-            sanitize(run, min(60, run.left(10)))
-            benchmarks(run, MORE_SECTIONS, reserve=_GRACE)
+        if options.device == "cuda":
+            on_gpu(run, options.no_build, arguments)
         else:
+            run_tests(run)
             run.report.add("compute-sanitizer", "skipped", "it needs a GPU", 0.0)
             benchmarks(run, CPU_SECTIONS, reserve=0)
     except KeyboardInterrupt:

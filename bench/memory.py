@@ -13,9 +13,22 @@ def peak_memory(fn) -> int:
     a library takes by itself (oneDNN's scratch pads), and frees of what was allocated earlier. What normfused keeps for
     its outputs is given back first, so that all of it is counted.
     """
+    return peak_of_changes(_changes(fn))
+
+
+def kept_memory(fn) -> int:
+    """Bytes that are allocated after ``fn()`` and were not before, while its result is alive: of a forward pass, its
+    result and what autograd keeps for the backward pass."""
+    return sum(_changes(fn))
+
+
+def _changes(fn):
+    """The allocations (positive) and frees (negative) of ``fn()``, in bytes and in order."""
     normfused.empty_cache()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = fn()
+        # What is idle is not kept by autograd.
+        normfused.empty_cache()
     del result  # kept until here: what fn returns is part of what it holds
     # The raw events: profiler.events() attributes memory to operators and loses its order in time.
     events = [
@@ -23,7 +36,7 @@ def peak_memory(fn) -> int:
         for event in profiler.profiler.kineto_results.events()
         if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
     ]
-    return peak_of_changes(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def peak_of_changes(changes) -> int:

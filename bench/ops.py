@@ -1,6 +1,7 @@
 """``python -m bench ops``: every provider on every case, checked first, then timed side by side."""
 
 import contextlib
+import gc
 import random
 import sys
 import time
@@ -38,7 +39,16 @@ def run(selected, modes, names, seconds, rows, *, device="cpu", seed=0, finished
         if missing:
             left.append((case, missing, [name for name in names if name in taking_part]))
     random.Random(seed).shuffle(left)
-    order = {case: index for index, case in enumerate(selected)}
+    try:
+        _run(left, seconds, rows, device, seed, finished, progress)
+    finally:
+        gc.unfreeze()
+        listed = [_identity_of(case, mode) for case in selected for mode in cases.MODES]
+        rank = {identity: index for index, identity in enumerate(listed)}
+        rows.sort(key=lambda row: rank.get(_identity(row), len(rank)))
+
+
+def _run(left, seconds, rows, device, seed, finished, progress):
     start = time.monotonic()
     for index, (case, missing, taking_part) in enumerate(left):
         if progress is not None:
@@ -47,16 +57,28 @@ def run(selected, modes, names, seconds, rows, *, device="cpu", seed=0, finished
                 minutes = (time.monotonic() - start) / index * (len(left) - index) / 60
                 time_left = f"  (about {minutes:.0f} min left)" if minutes >= 1 else "  (less than 1 min left)"
             print(f"[{index + 1}/{len(left)}] {case}{time_left}", file=progress, flush=True)
-        for found in measure(case, missing, taking_part, seconds, device=device, seed=seed):
+        for found in _measured(case, missing, taking_part, seconds, device=device, seed=seed):
             again = _identity(found[0]) if found else None
             rows[:] = [row for row in rows if _identity(row) != again] + found
             for row in found if progress is not None else ():
                 print(f"    {_progress_text(row)}", file=progress, flush=True)
         finished()
-    rank = {
-        _identity_of(case, mode): (index, cases.MODES.index(mode)) for case, index in order.items() for mode in modes
-    }
-    rows.sort(key=lambda row: rank.get(_identity(row), (len(order), 0)))
+        if index == 0:
+            # What was imported until here is not searched for garbage in every round to come: it takes a second.
+            gc.collect()
+            gc.freeze()
+
+
+def _measured(case, modes, names, *rest, **options):
+    """``measure``; where it cannot go on, the modes that are left have rows that say why."""
+    left = list(modes)
+    try:
+        for found in measure(case, modes, names, *rest, **options):
+            left.pop(0)
+            yield found
+    except Exception as error:  # no memory for the tensors, say
+        for mode in left:
+            yield make_rows(case, mode, {}, dict.fromkeys(names, timing.reason(error)))
 
 
 def _identity(row):

@@ -161,6 +161,34 @@ def triton(case, device, training):
     return Layer(layer.run, layer.parameters, functools.partial(normfused.use_backend, "triton"))
 
 
+# Ways in which csrc/kernels/cuda/launch_plan.h can divide a call, where they can serve it; it chooses one by itself.
+LAUNCH_PATHS = ("two_kernels", "block", "cluster", "cooperative")
+
+
+@contextlib.contextmanager
+def launch_path(path):
+    """Calls of the CUDA kernels in the block go one of LAUNCH_PATHS where it can serve them."""
+    torch.ops.normfused.use_launch_path(path)
+    try:
+        yield
+    finally:
+        torch.ops.normfused.use_launch_path("automatic")
+
+
+def on_path(case, device, training, path):
+    """What ``fused`` runs, by the CUDA kernels on a given path."""
+    if torch.device(device).type == "cpu":
+        raise Unavailable("not on this device: only the CUDA kernels have launch paths")
+    layer = fused(case, device, training)
+
+    @contextlib.contextmanager
+    def context():
+        with normfused.use_backend("extension"), launch_path(path):
+            yield
+
+    return Layer(layer.run, layer.parameters, context)
+
+
 def _import(name):
     try:
         return importlib.import_module(name)
@@ -204,9 +232,10 @@ PROVIDERS = {
     "inplace_abn": inplace_abn,
     "apex": apex,
     "triton": triton,
+    **{f"path-{path}": functools.partial(on_path, path=path) for path in LAUNCH_PATHS},
     "normfused": fused,
 }
-OURS = ("normfused", "triton")
+OURS = ("normfused", "triton", *(f"path-{path}" for path in LAUNCH_PATHS))
 # Importable name of a peer, and whether it has the layer of a case.
 _PACKAGES = {"liger": "liger_kernel", "inplace_abn": "inplace_abn", "apex": "apex"}
 _GROUP_NORM_ONLY = ("liger", "apex")

@@ -4,6 +4,7 @@
 import sys
 
 import torch
+import torch._inductor.config
 
 from . import cases, providers
 from .__main__ import select
@@ -46,6 +47,9 @@ def compile_case(case, training, device):
 
 
 def main(index, workers, *arguments, device="cuda"):
+    """Compile one share. Several processes use the GPU at once: what they find to be the fastest configuration of a
+    kernel is not kept."""
+    torch._inductor.config.autotune_local_cache = False
     for case, training in share(int(index), int(workers), arguments, device):
         try:
             compile_case(case, training, device)

@@ -100,8 +100,12 @@ py::dict launch_plan(int64_t n, int64_t c, int64_t s, const std::string& memory_
   info["workspace_bytes"] = plan.workspace_bytes;
   info["bytes_moved"] = plan.bytes_moved;
   py::list passes;
-  if (plan.path == Path::block) {
-    passes.append(pass_dict("on_chip", plan.reduce, cuda::on_chip_config(plan)));
+  if (plan.on_chip()) {
+    py::dict held = pass_dict("on_chip", plan.reduce, cuda::on_chip_config(plan, 0));
+    held["units"] = plan.units;
+    held["units_per_launch"] = plan.units_per_launch;
+    held["held"] = plan.held;
+    passes.append(held);
   } else if (plan.path != Path::empty) {
     const auto add = [&](const char* stage, const cuda::Pass& pass, bool pass_reduces) {
       cuda::LaunchConfig config = cuda::pass_config(pass, plan.chunk(0), plan.groups, stage);

@@ -153,7 +153,10 @@ def _batch_norm_act(
     by_torch = backend == "torch"
     compiling = torch.compiler.is_compiling()
     if by_torch or compiling or pre_activation is not None or input.is_meta:
-        error = _batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, pre_activation)
+        tensors = {"running_mean": running_mean, "running_var": running_var, "residual": residual}
+        error = _not_tensors("batch_norm_act", **tensors) or _batch_norm_error(
+            input, running_mean, running_var, training, eps, activation, residual, pre_activation
+        )
         if error is not None:
             # torch.nn.BatchNorm counts the batch before it finds anything wrong with it; so does our operator.
             if num_batches_tracked is not None:
@@ -185,7 +188,10 @@ def _batch_norm_act(
     arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, pre_activation)
     try:
         grad_enabled = torch.is_grad_enabled()
-        if grad_enabled and running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        if grad_enabled and (
+            (running_mean is not None and running_mean.requires_grad)
+            or (running_var is not None and running_var.requires_grad)
+        ):
             raise RuntimeError("batch_norm_act: running_mean and running_var get no gradient and must not require one")
         if not (
             grad_enabled
@@ -213,10 +219,10 @@ def _batch_norm_act(
         _raise(_not_tensors("batch_norm_act", running_mean=running_mean, running_var=running_var, **tensors))
         _raise(_batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, None))
         raise
-    if y.requires_grad and recompute.local.depth and recompute.is_on():
+    if recompute.local.depth and y.requires_grad and recompute.is_on():
         statistics = y.grad_fn.statistics
         recompute.remember_batch_norm(
-            y, input, weight, bias, residual, *statistics, activation, pre_activation, backend
+            y, input, weight, bias, residual, *statistics, activation, backend, pre_activation
         )
     return y
 
@@ -255,9 +261,13 @@ def _batch_norm_error(input, running_mean, running_var, training, eps, activatio
             f"input of shape {tuple(input.shape)}"
         )
     if residual is not None and residual.dtype != input.dtype:
-        return RuntimeError(
-            f"batch_norm_act: residual must have the dtype of input, {input.dtype}, got {residual.dtype}"
-        )
+        return RuntimeError(f"batch_norm_act: residual must have input's dtype, {input.dtype}, got {residual.dtype}")
+    # PyTorch's own operators notice when the running statistics are written already.
+    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("residual", residual)):
+        if t is not None and t.device != input.device:
+            return RuntimeError(
+                f"batch_norm_act: {name} must be on the device of input, {input.device}, got {t.device}"
+            )
     return None
 
 

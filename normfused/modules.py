@@ -37,12 +37,39 @@ class _RefuseSyncConversion:
         del vars(module)["qconfig"]
 
 
+class _RefuseFolding:
+    """Stops torch's fuse_conv_bn_eval and fuse_linear_bn_eval from dropping a fused activation in silence.
+
+    They read a BatchNorm's numbers, ``eps`` among them, into the weights of the layer before it, and return that layer
+    alone. In every other respect ``eps`` is the plain attribute that it is in torch.nn.
+    """
+
+    def __get__(self, module, owner=None):
+        if module is None:
+            raise AttributeError("eps")
+        fused = (module.activation, module.pre_activation) != (None, None)
+        if fused and not torch.compiler.is_compiling() and sys._getframe(1).f_code in _FOLDING:
+            raise RuntimeError(
+                f"{sys._getframe(1).f_code.co_name} would drop the fused activation "
+                f"{module.activation or module.pre_activation!r} of {type(module).__name__}; "
+                "call normfused.revert(model) first"
+            )
+        return vars(module)["eps"]
+
+    def __set__(self, module, value):
+        vars(module)["eps"] = value
+
+
+_FOLDING = {nn.utils.fuse_conv_bn_eval.__code__, nn.utils.fuse_linear_bn_eval.__code__}
+
+
 class _BatchNormAct:
     """What BatchNormAct1d, 2d and 3d add to their torch.nn base class."""
 
     activation: str | None
     pre_activation: str | None
     qconfig = _RefuseSyncConversion()
+    eps = _RefuseFolding()
 
     def __init__(self, *args, activation="relu6", pre_activation=None, **kwargs):
         if activation is not None and activation not in native.ACTIVATIONS:
@@ -73,7 +100,7 @@ class _BatchNormAct:
             self.bias,
             training,
             self.momentum,
-            self.eps,
+            self.__dict__["eps"],  # past the descriptor, which costs time
             self.activation,
             residual,
             self.pre_activation,

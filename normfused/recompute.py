@@ -60,7 +60,7 @@ def in_backward():
     return torch._C._current_graph_task_id() != -1
 
 
-def remember_batch_norm(y, x, weight, bias, residual, mean, invstd, activation, pre_activation, backend):
+def remember_batch_norm(y, x, weight, bias, residual, mean, invstd, activation, backend, pre_activation=None):
     """Let ``y``, which a fused BatchNorm just computed with these, be recomputed."""
     # Without an activation the layer's own backward does not keep residual, and nothing would be gained.
     if activation is not None or residual is None:

@@ -1,5 +1,9 @@
 """Models that convert meets, and what the tests of convert and revert share."""
 
+import copy
+import itertools
+import linecache
+import operator
 import warnings
 
 import pytest
@@ -12,21 +16,21 @@ import normfused
 from normfused import BatchNormAct2d
 from normfused.convert import FusedActivation
 
-RELU6, NONE = "fused with relu6", "no activation"
+RELU6, NONE, ADD_RELU = "fused with relu6", "no activation", "fused with add, relu"
 
 
-def convert(model):
+def convert(model, example_inputs=None):
     """Converts; returns {path: outcome, or the reason it was left}."""
     sites = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert normfused.convert(model, report=sites) is model
+        assert normfused.convert(model, example_inputs, report=sites) is model
     return {site.name: site.reason if site.outcome == "left" else site.outcome for site in sites}
 
 
-def assert_left(model, path, reason):
-    """Nothing is fused, at ``path`` for a reason that says ``reason``; its class changes all the same."""
-    assert reason in convert(model)[path]
+def assert_left(model, path, reason, example_inputs=None):
+    """Nothing is fused at ``path``, for a reason that says ``reason``; its class changes all the same."""
+    assert reason in convert(model, example_inputs)[path]
     layer = model.get_submodule(path)
     assert type(layer) is BatchNormAct2d
     assert layer.activation is None
@@ -58,6 +62,41 @@ def assert_close(actual, expected):
 
 def structure(model):
     return [(name, id(module), type(module)) for name, module in model.named_modules()]
+
+
+def assert_same(model, native, steps=3):
+    assert_close(train(model, steps), train(native, steps))
+    assert_close(model.state_dict(), native.state_dict())
+    assert_close(model.eval()(x4()), native.eval()(x4()))
+
+
+def assert_converts(model, outcomes, example_inputs=None):
+    """Converts to ``outcomes``, computes the same, and goes back to the very forward."""
+    model = model.double()
+    native, before, training = copy.deepcopy(model), structure(model), model.training
+    assert convert(model, example_inputs) == outcomes
+    assert_same(copy.deepcopy(model), copy.deepcopy(native))
+    normfused.revert(model)
+    assert structure(model) == before
+    assert model.training == training
+    assert torch.equal(model.eval()(x4()), native.eval()(x4()))
+
+
+def model_with_forward(*body):
+    """A module with a convolution, a BatchNorm, and a forward of these lines."""
+    name = f"<forward {next(_numbers)}>"
+    source = "".join(f"{line}\n" for line in ("def forward(self, x):", *(f"    {line}" for line in body)))
+    # Where inspect looks for the source of what was typed into a notebook, too.
+    linecache.cache[name] = len(source), None, source.splitlines(True), name
+    namespace = {"nn": nn, "torch": torch, "F": F, "operator": operator}
+    exec(compile(source, name, "exec"), namespace)
+    cls = type("Model", (nn.Module,), {"forward": namespace["forward"]})
+    model = cls()
+    model.conv, model.bn, model.function, model.in_place = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), F.silu, False
+    return model
+
+
+_numbers = itertools.count()
 
 
 # Models
@@ -117,6 +156,51 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         y = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(y)) + x)
+
+
+class Bottleneck(nn.Module):
+    """torchvision's form of it: in place, one ReLU module, a downsample that need not be there."""
+
+    def __init__(self, downsample=False):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
+        self.conv2, self.bn2 = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) if downsample else None
+
+    def forward(self, x):
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out
+
+
+class FunctionalBlock(BasicBlock):
+    """The same with functions, in timm's order of things and with what does nothing in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.drop_path = nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        shortcut = x
+        x = F.silu(self.drop(self.bn1(self.conv1(x))), inplace=True)
+        x = self.drop_path(self.bn2(self.conv2(x)))
+        return F.relu(shortcut + x)
+
+
+class TwoPaths(BasicBlock):
+    """Both operands of the sum are normalised."""
+
+    def forward(self, x):
+        return self.relu(self.bn1(self.conv1(x)) + self.bn2(self.conv2(x)))
 
 
 class SharedActivation(BasicBlock):
@@ -252,6 +336,10 @@ MODELS = {
     "mobilenet": MobileNet,
     "siblings": Siblings,
     "basic_block": BasicBlock,
+    "bottleneck": Bottleneck,
+    "bottleneck_downsample": lambda: Bottleneck(True),
+    "functional_block": FunctionalBlock,
+    "two_paths": TwoPaths,
     "shared_activation": SharedActivation,
     "optional_skip": OptionalSkip,
     "skip_in_evaluation": SkipInEvaluation,

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
@@ -115,21 +116,43 @@ def compiler_or_skip():
         pytest.skip(f"no C++ compiler ({COMPILER[0]}) was found")
 
 
-def build(folder, root=ROOT, flags=("-O1",), emulator=None):
-    """Compiles the kernels under ``root`` into a library in ``folder``; returns its path and the emulator's object."""
-    source = root / "tests/emulator"
-    flags = [*flags, "-DNORMFUSED_EMULATOR", f"-I{source}"]
+def compile_all(folder, root, flags, sources):
+    """One object in ``folder`` for each source, and beside it the names of what it includes."""
+    flags = [*flags, "-DNORMFUSED_EMULATOR", f"-I{root / 'tests/emulator'}", "-MMD"]
+    objects = [folder / f"{path.stem}.o" for path in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(lambda o, i: compile_with(*flags, "-x", "c++", "-c", i, "-o", o), objects, sources)
+        assert len(list(compiled)) == len(sources)
+    return objects
+
+
+def sources_of(root):
+    return [*sorted((root / "csrc/kernels/cuda").glob("*.cu")), root / "tests/emulator/kernels.cpp"]
+
+
+def build(folder, flags=("-O1",), emulator=None):
+    """Compiles the kernels into a library in ``folder``; returns its path and the emulator's object."""
     if emulator is None:
         # Never with a sanitizer.
         emulator = folder / "emulator.o"
-        compile_with("-O2", "-DNORMFUSED_EMULATOR", f"-I{source}", "-c", source / "emulator.cpp", "-o", emulator)
-    objects = []
-    for path in (*sorted((root / "csrc/kernels/cuda").glob("*.cu")), source / "kernels.cpp"):
-        objects.append(folder / f"{path.stem}.o")
-        compile_with(*flags, "-x", "c++", "-c", path, "-o", objects[-1])
+        include = f"-I{ROOT / 'tests/emulator'}"
+        compile_with("-O2", "-DNORMFUSED_EMULATOR", include, "-c", ROOT / "tests/emulator/emulator.cpp", "-o", emulator)
+    objects = compile_all(folder, ROOT, flags, sources_of(ROOT))
     library = folder / "libkernels.so"
     compile_with(*flags, "-shared", *objects, emulator, "-o", library)
     return library, emulator
+
+
+def rebuild(folder, root, built, changed):
+    """A library in ``folder`` of the sources under ``root``, where only the file ``changed`` differs from ``built``."""
+    before = built[0].parent
+    stale = [path for path in sources_of(root) if f"/{changed}" in (before / f"{path.stem}.d").read_text()]
+    assert stale, f"nothing includes {changed}"
+    objects = compile_all(folder, root, ["-O0"], stale)
+    kept = [before / f"{path.stem}.o" for path in sources_of(root) if path not in stale]
+    library = folder / "libkernels.so"
+    compile_with("-shared", *objects, *kept, built[1], "-o", library)
+    return library
 
 
 def pointer(tensor):

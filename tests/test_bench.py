@@ -13,6 +13,7 @@ import torch
 import normfused
 from bench import cases, check, memory, ops, providers, report, timing, training
 from bench.__main__ import main
+from bench.mobilenet_v2 import MobileNetV2
 
 MIB = 1 << 20
 
@@ -148,6 +149,22 @@ def test_a_provider_with_wrong_numbers_becomes_a_row(tmp_path, monkeypatch):
     assert all("y: " in failure and "elements wrong" in failure for failure in failures)
 
 
+def test_a_case_for_which_there_is_no_memory_becomes_rows(tmp_path, monkeypatch):
+    inputs = cases.inputs
+
+    def too_large(case, *rest):
+        if case.shape[1] == 5:
+            raise RuntimeError("CUDA out of memory")
+        return inputs(case, *rest)
+
+    monkeypatch.setattr(cases, "inputs", too_large)
+    small = ("--batch", "2", "--dtype", "float32", "--layout", "contiguous", "--providers", "eager", "normfused")
+    status, content = run_ops(tmp_path, "--shape", "5,3", "4,3", *small)
+    assert status == 0
+    failures = {(row["shape"][1], row["failure"]) for row in content["rows"]}
+    assert failures == {(4, None), (5, "RuntimeError: CUDA out of memory")}
+
+
 def test_interruption_keeps_what_was_measured_and_resuming_measures_the_rest(tmp_path, monkeypatch):
     measure, begun = ops.measure, []
 
@@ -197,14 +214,15 @@ def test_a_layer_of_ones_own_in_every_mode(tmp_path):
 
 def test_group_norm_of_ones_own_and_providers_that_are_not_here(tmp_path):
     arguments = ("--groups", "3", "--activation", "silu", "--layout", "channels_last", "--mode", "eval", "backward")
-    asked = ("eager", "triton", "liger", "inplace_abn", "normfused")
+    asked = ("eager", "triton", "path-block", "liger", "inplace_abn", "normfused")
     _, content = run_ops(tmp_path, "--shape", "2,6,5,5", *arguments, "--providers", *asked)
     failures = {row["provider"]: row["failure"] for row in content["rows"]}
-    assert failures.pop("triton").startswith("not on this device: ")
+    for name in ("triton", "path-block"):
+        assert failures.pop(name).startswith("not on this device: ")
     assert failures.pop("liger").startswith("liger_kernel does not import")
     assert failures == {"eager": None, "normfused": None, "copy_fresh": None, "copy_mapped": None}
     page = (tmp_path / "ops.md").read_text()
-    assert page.count("not on this device") == 1  # one line for both modes
+    assert page.count("not on this device") == 2  # a line for both modes
     assert "GroupNorm/3 + silu" in page
 
 
@@ -258,6 +276,15 @@ def test_the_check_of_evaluation_uses_the_running_statistics(groups):
     assert check.check(case, inputs, layer.parameters, {"eager": (y,)}, statistics) == {"eager": None}
     y.view(-1)[7] += 1e-2
     assert check.check(case, inputs, layer.parameters, {"eager": (y,)}, statistics)["eager"].startswith("y: 1 of ")
+
+
+def test_only_ours_has_to_keep_the_memory_format():
+    case = cases.Case("own", (2, 4, 5, 5), "float32", "channels_last")
+    inputs, statistics = cases.inputs(case), providers.statistics(case, "cpu")
+    layer = providers.eager(case, "cpu", False)
+    y = layer.run(inputs.x).detach().contiguous()
+    verdicts = check.check(case, inputs, layer.parameters, {"eager": (y,), "normfused": (y,)}, statistics)
+    assert verdicts == {"eager": None, "normfused": "y is not channels_last as x is"}
 
 
 def test_floor_bytes():
@@ -435,3 +462,33 @@ def test_a_short_demo(tmp_path, capsys):
         assert model["peak_bytes"] > 0
         assert 0 <= model["accuracy"] <= 1
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_model_measures_every_variant_on_a_small_one(tmp_path, monkeypatch):
+    from bench import model
+
+    monkeypatch.setitem(model.MODELS, "mobilenet_v2", lambda classes: MobileNetV2(classes, width=0.25))
+    arguments = ["model", "--size", "32", "--batch", "2", "--steps", "2", "--layout", "contiguous"]
+    variants = [name for name in model.VARIANTS if "compile" not in name]
+    assert main([*arguments, "--variant", *variants, "--out", str(tmp_path)]) == 0
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "model.json").read_text())["rows"]}
+    assert [row["failure"] for row in rows.values()] == [None] * len(variants)
+    kept = {name: row["kept_bytes"] for name, row in rows.items()}
+    # The convolutions keep no output of a fused layer, checkpoints keep the inputs of blocks alone.
+    assert kept["normfused-recompute"] < 0.75 * kept["normfused"] <= 0.75 * kept["native"]
+    assert kept["native-checkpoint"] < kept["native"] / 2
+    page = (tmp_path / "model.md").read_text()
+    assert all(name in page for name in variants)
+
+
+def test_model_tells_why_a_variant_failed(tmp_path, monkeypatch):
+    from bench import model
+
+    def fail(_):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setitem(model.VARIANTS, "native-compile", model.Variant("compiled", fail))
+    monkeypatch.setitem(model.MODELS, "mobilenet_v2", lambda classes: MobileNetV2(classes, width=0.25))
+    arguments = ["model", "--size", "32", "--batch", "2", "--steps", "1", "--layout", "contiguous"]
+    assert main([*arguments, "--variant", "native", "native-compile", "--out", str(tmp_path)]) == 0
+    assert "failed: RuntimeError: no compiler here" in (tmp_path / "model.md").read_text()

@@ -1,6 +1,7 @@
 """What the layers are combined with: dynamic shapes, export of training, deterministic mode, replicas, operators in
 every layout under opcheck. The rest is in test_modules.py, test_transforms.py and test_gradients.py."""
 
+import copy
 import io
 import itertools
 
@@ -109,15 +110,25 @@ def test_compile_with_dynamic_shapes(backend, training, compiler):
     fused, plain = fused_and_plain()
     fused.train(training), plain.train(training)
     compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend=compiler)
-    for step, shape in enumerate(((4, 3, 8, 9), (5, 3, 10, 7), (7, 3, 12, 6))):
+    shapes = (4, 3, 8, 9), (5, 3, 10, 7), (7, 3, 12, 6)
+    for step, shape in enumerate(shapes):
         x, native_x = (randn(*shape, seed=step).requires_grad_() for _ in range(2))
         y, native_y = compiled(x), plain(native_x)
         assert_same(y, native_y, "y")
         y.square().sum().backward()
         native_y.square().sum().backward()
         assert_same(x.grad, native_x.grad, "dx")
-    assert compiler == "inductor" or counters["stats"]["unique_graphs"] == 1
+    graphs = counters["stats"]["unique_graphs"]
     assert not counters["graph_break"]
+    if compiler == "inductor" and graphs > 1:
+        # Inductor's own backward of a convolution may settle on strides: no more graphs than PyTorch's layers need.
+        counters.clear()
+        native = torch.compile(copy.deepcopy(plain), fullgraph=True, dynamic=True, backend=compiler)
+        for shape in shapes:
+            native(randn(*shape).requires_grad_()).square().sum().backward()
+        assert graphs <= counters["stats"]["unique_graphs"]
+    else:
+        assert graphs == 1
     for (name, buffer), native_buffer in zip(fused.named_buffers(), plain.buffers(), strict=True):
         assert_same(buffer, native_buffer, name)
 

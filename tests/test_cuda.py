@@ -104,27 +104,41 @@ def test_selection_for_the_sanitizer(backend, shape, groups, dtype, layout):
         assert judge(cases.Case("own", shape, dtype, layout, groups, activation), training) is None
 
 
-def _forced_paths():
-    """Names of the paths of the launch plan that can be asked for, if the operators offer that."""
-    offered = getattr(torch.ops.normfused, "cuda_paths", None)
-    try:
-        return list(offered()) if offered is not None else []
-    except (RuntimeError, TypeError):
-        return []
-
-
+@pytest.mark.parametrize("path", providers.LAUNCH_PATHS)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_every_path_that_can_be_asked_for(layout):
-    paths = _forced_paths()
-    if not paths:
-        pytest.skip("the operators offer no choice of the launch plan's path")
-    try:
-        for path in paths:
-            torch.ops.normfused.use_cuda_path(path)
-            for shape in BATCH_NORM:
-                assert judge(cases.Case("own", shape, "float16", layout, None, "relu6"), True) is None, (path, shape)
-    finally:
-        torch.ops.normfused.use_cuda_path("")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_launch_path(path, layout, dtype):
+    """Where a path cannot serve a shape another one does."""
+    if WHY_NOT_CUDA["extension"] is not None:
+        pytest.skip(WHY_NOT_CUDA["extension"])
+    with normfused.use_backend("extension"), providers.launch_path(path):
+        for shape, residual in itertools.product(BATCH_NORM, (False, True)):
+            case = cases.Case("own", shape, dtype, layout, None, "relu6", residual)
+            assert judge(case, True) is None, case
+        for shape, groups in GROUP_NORM:
+            case = cases.Case("own", shape, dtype, layout, groups, "silu")
+            assert judge(case, True) is None, case
+
+
+@pytest.mark.parametrize("path", providers.LAUNCH_PATHS)
+def test_replays_and_repetitions_of_every_launch_path(path):
+    if WHY_NOT_CUDA["extension"] is not None:
+        pytest.skip(WHY_NOT_CUDA["extension"])
+    with normfused.use_backend("extension"), providers.launch_path(path):
+        for shape, layout in itertools.product(((32, 96, 14, 14), (16, 3, 56, 56), (64, 320, 7, 7)), LAYOUTS):
+            layer = BatchNormAct2d(shape[1], track_running_stats=False).to(DEVICE)
+            x, dy = (on_gpu(*shape, layout=layout, seed=seed) for seed in (0, 1))
+            first = step(layer, x, dy)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = step(layer, x, dy)
+            for _ in range(100):
+                for result in results:
+                    result.zero_()
+                graph.replay()
+                assert_equal(results, first)
+                assert_equal(step(layer, x, dy), first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=names)

@@ -57,6 +57,14 @@ def test_a_run_without_a_gpu(tmp_path, capsys):
     assert len((tmp_path / "report.csv").read_text().splitlines()) == len(content["rows"]) + 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_run_that_finds_no_gpu_fails_at_once(tmp_path, capsys):
+    assert main(["gpu", "--out", str(tmp_path)]) == 1
+    (part,) = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert (part["name"], part["status"]) == ("a GPU", "failed")
+    assert part["outcome"].startswith("none answers: ")
+
+
 @pytest.fixture
 def run(tmp_path):
     run = gpu.Run(tmp_path / "out", "cpu", minutes=1)

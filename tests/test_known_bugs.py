@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     CHANNELS_LAST,
+    activate,
     assert_memory_format,
     assert_same,
     interpreted,
@@ -419,12 +420,12 @@ def test_pytorch_175024_22095_two_evaluations_before_a_backward_that_sees_new_bu
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_pytorch_96136_checkpointing_updates_the_statistics_once(backend, reentrant):
-    """A checkpointed segment runs forward twice; torch.nn's layers count both."""
-    ours, once, native = BatchNormAct2d(3), BatchNormAct2d(3), nn.BatchNorm2d(3)
-    for module in (ours, native):
-        checkpoint(module, randn(4, 3, 5, 5).requires_grad_(), use_reentrant=reentrant).sum().backward()
-    once(randn(4, 3, 5, 5))
-    assert native.num_batches_tracked == 2
-    for buffer, expected in zip(ours.buffers(), once.buffers(), strict=True):
-        assert torch.equal(buffer, expected)
+def test_pytorch_96136_checkpointing_counts_a_batch_once(backend, reentrant):
+    """A checkpointed segment runs forward twice; the batch is in the statistics after the first (native: twice)."""
+    ours, native = BatchNormAct2d(3), nn.BatchNorm2d(3)
+    x = randn(4, 3, 5, 5).requires_grad_()
+    activate(checkpoint(ours, x, use_reentrant=reentrant), None).sum().backward()
+    native(x)
+    assert ours.num_batches_tracked == 1
+    assert_same(ours.running_mean, native.running_mean, "running_mean")
+    assert_same(ours.running_var, native.running_var, "running_var")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 C = pytest.importorskip("normfused._C", reason="the C++ core is not built")
 
 DEVICES = C.devices()
+ON_CHIP = ("block", "cluster", "cooperative")
 ELEMENT = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 sizes = st.one_of(
     st.integers(0, 70), st.sampled_from([1023, 1024, 1025, 3136, 12544, 65535, 65536, 131072]), st.integers(1, 300000)
@@ -27,6 +28,7 @@ def requests(draw):
         "dtype": draw(st.sampled_from(sorted(ELEMENT))), "direction": draw(st.sampled_from(["forward", "backward"])),
         "reduces": groups is not None or draw(st.booleans()), "residual": groups is None and draw(st.booleans()),
         "aligned": draw(st.booleans()),
+        "path": draw(st.sampled_from([None, None, "two_kernels", *ON_CHIP])),
     }  # fmt: skip
 
 
@@ -63,6 +65,42 @@ def check_slots(launch, work_of_splits):
     assert (launch["splits"] - 1) * launch["per_split"] < work_of_splits <= launch["splits"] * launch["per_split"]
 
 
+def check_on_chip(plan, request, device):
+    """One kernel, whose blocks hold all of their slots; as many of a grid's as are resident at once."""
+    assert request["reduces"]
+    assert request["dtype"] != "float64"
+    (launch,) = plan["passes"]
+    matrices, _, channels, _ = launch["view"]
+    planes = launch["shape"] == "planes"
+    tiles = channels if planes else -(-channels // launch["tile_channels"])
+    assert launch["units"] == matrices * tiles
+    assert launch["grid"] == (launch["units_per_launch"] * launch["splits"], 1)
+    assert plan["chunks"] == -(-launch["units"] // launch["units_per_launch"])
+    tensors = 1 if request["direction"] == "forward" else 2 + request["residual"]
+    # Held slots are those of the longest split; a thread of columns holds every row of its row group.
+    if planes:
+        assert launch["held"] == launch["per_split"]
+    else:
+        per_thread = -(-launch["per_split"] // launch["row_groups"])
+        assert launch["held"] == per_thread * launch["row_groups"] * launch["tile_vectors"]
+        depth = request["c"] // plan["groups"]
+        assert launch["tile_channels"] % depth == channels % launch["tile_channels"] % depth == 0
+    assert launch["shared_bytes"] >= 16 * tensors * launch["held"]
+    splits = launch["splits"]
+    assert (launch["cluster"], launch["cooperative"]) == {
+        "block": (1, False), "cluster": (splits, False), "cooperative": (1, True)
+    }[plan["path"]]  # fmt: skip
+    assert splits == 1 if plan["path"] == "block" else splits > 1
+    if plan["path"] == "cooperative":
+        per_multiprocessor = min(
+            2, device["shared_per_multiprocessor"] // (launch["shared_bytes"] + device["shared_reserved_per_block"])
+        )
+        # Some multiprocessors stay free.
+        assert launch["grid"][0] <= per_multiprocessor * (device["multiprocessors"] - 1)
+    else:
+        assert plan["chunks"] == 1
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=1000, deadline=None)
 @given(request=requests())
@@ -82,10 +120,8 @@ def test_a_plan_covers_every_element_once_within_the_limits(device, request):
         assert numel(launch["view"]) == n * c * s
         rows = launch["view"][1]
         check_slots(launch, rows * launch.get("slots_per_row", 1))
-    if plan["path"] == "block":
-        (launch,) = plan["passes"]
-        assert launch["grid"] == (c, 1)
-        assert launch["shared_bytes"] >= 16 * launch["per_split"]
+    if plan["path"] in ON_CHIP:
+        check_on_chip(plan, request, limits)
         assert plan["bytes_moved"] == size * (2 + backward + request["residual"])
         return
     assert plan["path"] == ("two_kernels" if request["reduces"] else "one_kernel")
@@ -108,13 +144,37 @@ def test_a_plan_covers_every_element_once_within_the_limits(device, request):
             assert channels * view[3] % launch["vector"] == 0
 
 
-def test_what_a_plan_tells():
-    plan = C.launch_plan(32, 192, 28 * 28, dtype="float16")
-    assert plan["path"] == "block"
-    assert plan["bytes_moved"] == 2 * 2 * 32 * 192 * 28 * 28
+@pytest.mark.parametrize(
+    ("shape", "options", "path"),
+    [
+        ((32, 192, 28 * 28), {}, "block"),
+        ((32, 960, 7 * 7), {}, "block"),
+        ((32, 960, 7 * 7), {"direction": "backward"}, "block"),
+        ((32, 960, 7 * 7), {"aligned": False}, "two_kernels"),
+        ((2, 1280, 16 * 16), {"groups": 32, "direction": "backward"}, "block"),
+        ((256, 960, 14 * 14), {"dtype": "float64"}, "two_kernels"),
+        # Rows of 64 bytes that are read before any of them is read again: L2 holds them, the device on chip, nothing.
+        ((256, 192, 28 * 28), {"memory_format": "channels_last"}, "two_kernels"),
+        ((28, 96, 112 * 112), {"memory_format": "channels_last"}, "cooperative"),
+        ((256, 96, 112 * 112), {"memory_format": "channels_last"}, "two_kernels"),
+    ],
+)
+def test_the_path_of_known_shapes(shape, options, path):
+    plan = C.launch_plan(*shape, **({"dtype": "float16"} | options), device="sm_90")
+    assert plan["path"] == path
+
+
+def test_a_path_can_be_forced():
+    assert C.launch_plan(32, 144, 56 * 56, dtype="float16", path="cluster")["passes"][0]["cluster"] == 2
+    # Before sm_90 there are no clusters.
+    assert C.launch_plan(32, 144, 56 * 56, dtype="float16", path="cluster", device="sm_80")["path"] == "two_kernels"
+
+
+def test_chunks_go_through_l2():
     plan = C.launch_plan(32, 144, 56 * 56, dtype="float16", direction="backward", path="two_kernels")
     assert [launch["stage"] for launch in plan["passes"]] == ["reduce", "apply"]
     assert plan["chunks"] > 1
+    assert plan["bytes_moved"] == 3 * 2 * 32 * 144 * 56 * 56
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,13 @@ NATIVE_TAKES = {
     "running_mean is running_var": "writes both into one place",
     "expanded running_mean": "writes every channel into one place",
     "expanded running_var": "writes every channel into one place",
+    "no channels": "gives an empty output",
+    **{
+        f"{argument}=shape {shape}, training={training}": "counts the elements, whatever the dimensions"
+        for argument in ("weight", "bias")
+        for shape in ((6, 1), (1, 6), (2, 3))
+        for training in (True, False)
+    },
 }
 # What PyTorch's own operators notice when the running statistics are written already.
 NATIVE_WRITES = ("weight=", "bias=", "running_var=", "running_mean=", "residual=")

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from helpers import FLOATS, activate, assert_same, away_from_kinks, in_layout, interpreted, layouts, names, randn
 from torch import nn
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
-from torch.testing._internal.common_utils import noncontiguous_like
 
 import normfused
 from normfused.functional import batch_norm_act, group_norm_act
 
-OPS = {op.name: op for op in op_db if not op.variant_test_name}
-MODULES = {module.module_cls: module for module in module_db}
+# They need expecttest.
+invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations")
+modules = pytest.importorskip("torch.testing._internal.common_modules")
+utils = pytest.importorskip("torch.testing._internal.common_utils")
+
+OPS = {op.name: op for op in invocations.op_db if not op.variant_test_name}
+MODULES = {module.module_cls: module for module in modules.module_db}
 FUSED = {
     nn.BatchNorm1d: normfused.BatchNormAct1d,
     nn.BatchNorm2d: normfused.BatchNormAct2d,
@@ -181,7 +183,7 @@ def test_module_inputs(backend, module_cls, activation, dtype, training, layout,
         forward_input = module_input.forward_input
         x = forward_input.args[0]
         if layout == "noncontiguous":
-            x = noncontiguous_like(x).detach().requires_grad_(x.requires_grad)
+            x = utils.noncontiguous_like(x).detach().requires_grad_(x.requires_grad)
         args = laid_out(x, layout), *forward_input.args[1:]
         our_args = copy.deepcopy(args)
         native_z = native(*args)
@@ -207,7 +209,7 @@ def test_module_error_inputs(backend, module_cls):
     for error in errors:
         constructor_input = error.module_error_input.constructor_input
         forward_input = error.module_error_input.forward_input
-        if error.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
+        if error.error_on == modules.ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(error.error_type):
                 FUSED[module_cls](*constructor_input.args, **constructor_input.kwargs)
             continue

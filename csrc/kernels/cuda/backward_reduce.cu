@@ -1,5 +1,5 @@
 // The stage backward_reduce: partial sums of dz and of dz (x - mean).
-#include "block_reduce.cuh"
+#include "column_reduce.cuh"
 #include "launch_stage.cuh"
 
 namespace normfused::cuda {
@@ -84,19 +84,12 @@ __global__ void __launch_bounds__(kBlock, 2) column_backward_reduce_kernel(Stage
     }
   }
   __syncthreads();
-  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;
   double* partials =
       s.partials + 2 * ((work.matrix * s.pass.splits + work.split) * s.pass.view.channels + work.channel);
-  for (int channel = threadIdx.x / lanes; channel < work.tile_channels; channel += blockDim.x / lanes) {
-    double sums[2] = {};
-    channel_sum(s.pass, channel, lanes, sums, [&](int row_group, int column) {
-      sums[0] += totals[row_group * width + column];
-      sums[1] += deviations[row_group * width + column];
-    });
-    if (lanes > 1 && lane_index() > 0) continue;
+  sum_columns(s.pass, work, totals, deviations, [&](int channel, const double (&sums)[2]) {
     partials[2 * channel] = sums[0];
     partials[2 * channel + 1] = sums[1];
-  }
+  });
 }
 
 }  // namespace

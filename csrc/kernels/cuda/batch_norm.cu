@@ -39,7 +39,8 @@ PlanRequest request(const BatchNormBackward& args) {
           .reduces = (args.training && args.dx) || args.dweight || args.dbias,
           .residual = args.residual != nullptr,
           .aligned = aligned({args.dy, args.x, args.residual, args.dx, args.dresidual}),
-          .path = args.path};
+          // Only sums are wanted: nothing is worth holding.
+          .path = args.dx || args.dresidual ? args.path : Path::two_kernels};
 }
 
 // What both directions are given.

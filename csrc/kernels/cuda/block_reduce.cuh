@@ -6,7 +6,6 @@
 
 #include "../welford.h"
 #include "device.cuh"
-#include "launch_plan.h"
 
 namespace normfused::cuda {
 
@@ -78,15 +77,6 @@ __device__ __forceinline__ Welford<double> block_moments(const Welford<double>& 
   double m2[1] = {data.count == 0 ? 0 : data.m2 + data.count * delta * delta};
   block_sum(m2, scratch);
   return {sums[0], mean, m2[0]};
-}
-
-// f(row group, column of the tile), which adds to sums, for all that belongs to a channel; lanes: 32, a warp together,
-// or 1.
-template <int K, class F>
-__device__ __forceinline__ void channel_sum(const Pass& pass, int channel, int lanes, double (&sums)[K], F f) {
-  const int group = static_cast<int>(pass.view.group), count = pass.row_groups * group;
-  for (int i = lanes == 1 ? 0 : lane_index(); i < count; i += lanes) f(i / group, channel * group + i % group);
-  if (lanes > 1) warp_sum(sums);
 }
 
 }  // namespace normfused::cuda

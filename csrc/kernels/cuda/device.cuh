@@ -206,8 +206,14 @@ inline Status current_device(int* device) { return cudaGetDevice(device); }
 
 static __global__ void probe_kernel() {}
 
-// 8 is portable; whether there are more, the current device has to say.
+// 8 is portable; whether there are more, the current device has to say. 1 where the driver has compiled code for less
+// than sm_90: it knows no clusters.
 inline int largest_cluster() {
+  cudaFuncAttributes code;
+  if (cudaFuncGetAttributes(&code, probe_kernel) != cudaSuccess || code.ptxVersion < 90 || code.binaryVersion < 90) {
+    cudaGetLastError();
+    return 1;
+  }
   int size = 8;
   cudaLaunchConfig_t config = {};
   config.gridDim = config.blockDim = dim3(1);
@@ -261,7 +267,8 @@ inline Status device_limits(int device, DeviceLimits* limits) {
   return status;
 }
 
-// Allows a kernel all the shared memory and the largest clusters of the current device. Done once.
+// Allows a kernel all the shared memory and the largest clusters of the current device. Done once. What asks for so
+// much needs no L1.
 inline Status lift_limits(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int> > lifted;
@@ -273,6 +280,10 @@ inline Status lift_limits(const void* kernel) {
   if (const Status status = device_limits(device, &limits)) return status;
   const int shared_bytes = static_cast<int>(limits.shared_per_block);
   if (const Status status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) {
+    return status;
+  }
+  if (const Status status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                 cudaSharedmemCarveoutMaxShared)) {
     return status;
   }
   if (limits.max_cluster > 8) {

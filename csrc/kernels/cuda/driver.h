@@ -58,6 +58,25 @@ void set_pass(Stage<T>* stage, const Pass& pass, const Chunk& chunk) {
 
 inline Chunk everything(const LaunchPlan& plan) { return {0, plan.view.matrices, 0, plan.groups}; }
 
+// launch(units, config) for each launch of a path that holds its input. finishes: what parameters need is wanted.
+template <class T, class F>
+Status for_each_held_launch(const LaunchPlan& plan, const Stage<T>& stage, bool finishes, void* stream, F launch) {
+  double* parameter_partials = stage.partials + plan.partials;
+  auto* barriers = reinterpret_cast<unsigned*>(parameter_partials + plan.parameter_partials);
+  HeldUnits units = {};
+  units.exchange = exchange_of(plan.path);
+  units.parameter_partials = finishes ? parameter_partials : nullptr;
+  if (units.exchange == Exchange::grid) {
+    if (const Status status = clear_barriers(barriers, plan.chunks(), stream)) return status;
+  }
+  for (int64_t i = 0; i < plan.chunks(); ++i) {
+    units.first = i * plan.units_per_launch;
+    units.barrier = barriers + i;
+    if (const Status status = launch(units, on_chip_config(plan, i))) return status;
+  }
+  return 0;
+}
+
 // stage holds the tensors, partials the workspace.
 template <class T>
 Status run_forward(const LaunchPlan& plan, Stage<T> stage, double eps, const RunningStatistics& running,
@@ -70,15 +89,19 @@ Status run_forward(const LaunchPlan& plan, Stage<T> stage, double eps, const Run
     if (stage.chunk.matrices == 0) return 0;
     return finish_stats(stage, eps, running, mean, invstd, stream);
   }
-  if (plan.path == Path::block) {
-    set_pass(&stage, plan.reduce, everything(plan));
-    if (running.cumulative && running.num_batches_tracked) {
-      // Who counts the batch must not race with who reads the count.
-      if (const Status status = count_batch(running.num_batches_tracked, stream)) return status;
-    } else {
-      stage.num_batches_tracked = running.num_batches_tracked;
+  if constexpr (sizeof(T) < 8) {
+    if (plan.on_chip()) {
+      if (running.cumulative && running.num_batches_tracked) {
+        // Who counts the batch must not race with who reads the count.
+        if (const Status status = count_batch(running.num_batches_tracked, stream)) return status;
+      }
+      set_pass(&stage, plan.reduce, everything(plan));
+      return for_each_held_launch(plan, stage, false, stream, [&](const HeldUnits& units, const LaunchConfig& config) {
+        const bool counts = units.first == 0 && !running.cumulative;
+        stage.num_batches_tracked = counts ? running.num_batches_tracked : nullptr;
+        return hold_forward(stage, units, config, eps, running, mean, invstd, stream);
+      });
     }
-    return channel_forward(stage, eps, running, mean, invstd, stream);
   }
   for (int64_t i = 0; i < plan.chunks(); ++i) {
     const Chunk chunk = plan.chunk(i);
@@ -100,6 +123,23 @@ Status run_backward(const LaunchPlan& plan, Stage<T> stage, bool through_statist
                     Accumulator<T>* dbias, void* stream) {
   using A = Accumulator<T>;
   stage.groups = plan.groups;
+  if constexpr (sizeof(T) < 8) {
+    if (plan.on_chip()) {
+      // Of GroupNorm's channels every sample has partials.
+      const bool finishes = plan.parameter_partials > 0 && (dweight || dbias);
+      A* own_dweight = finishes ? nullptr : dweight;
+      A* own_dbias = finishes ? nullptr : dbias;
+      set_pass(&stage, plan.reduce, everything(plan));
+      const Status status =
+          for_each_held_launch(plan, stage, finishes, stream, [&](const HeldUnits& units, const LaunchConfig& config) {
+            return hold_backward(stage, units, config, through_statistics, own_dweight, own_dbias, stream);
+          });
+      if (status || !finishes) return status;
+      stage.pass.view = plan.view;
+      stage.partials += plan.partials;
+      return finish_parameters(stage, dweight, dbias, stream);
+    }
+  }
   A* offset = reinterpret_cast<A*>(stage.partials + 2 * plan.reduce.partials());
   A* slope = offset + plan.view.matrices * plan.groups;
   const bool applies = stage.out || stage.dresidual;

@@ -114,6 +114,7 @@ struct ChannelParameters {
 template <class A>
 struct GradientCoefficients {
   A offset, slope;
+  bool through_statistics;
 
   __device__ __forceinline__ A dx(A x, A dz, const ChannelParameters<A>& p) const {
     return p.invstd * (dz * p.weight - (offset + (x - p.mean) * p.invstd * slope));
@@ -137,9 +138,9 @@ __device__ __forceinline__ ChannelParameters<A> load_parameters(const Stage<T>& 
 template <class T, class A = Accumulator<T>>
 __device__ __forceinline__ GradientCoefficients<A> load_coefficients(const Stage<T>& s, int64_t matrix,
                                                                      int64_t channel) {
-  if (s.offset == nullptr) return {0, 0};
+  if (s.offset == nullptr) return {0, 0, false};
   const int64_t unit = matrix * s.groups + channel / s.depth();
-  return {s.offset[unit], s.slope[unit]};
+  return {s.offset[unit], s.slope[unit], true};
 }
 
 // --- Blocks ----------------------------------------------------------------------------------------------------------
@@ -167,6 +168,7 @@ struct Slot {
   int64_t offset = 0;
   int first = 0, last = 0;
   bool whole = false;
+  int64_t row = 0;
 };
 
 template <int V, class T>
@@ -189,8 +191,17 @@ __device__ __forceinline__ void store_slot(T* base, const Slot& slot, const Vect
   }
 }
 
-// f(slots, index) for this thread's slots of a block, kBatch at a time; those that are not there are empty. index
-// is the first one's among those of the block, the others are blockDim.x apart.
+// Slot `index` of the row that begins at `start`.
+template <int V>
+__device__ __forceinline__ Slot slot_of(const Pass& pass, int64_t start, int64_t index) {
+  // The first slot of a row begins before it where the row is not aligned.
+  const int64_t inside = index * V - (pass.aligned ? start % V : 0);
+  const int64_t first = max(-inside, int64_t(0)), last = min(pass.view.group - inside, int64_t(V));
+  return {start + inside, static_cast<int>(first), static_cast<int>(last), pass.aligned && first == 0 && last == V};
+}
+
+// f(slots, index) for this thread's slots of a block, kBatch at a time; those that are not there are empty.
+// index is the first one's among those of the block, the others are blockDim.x apart.
 template <int V, int kBatch, class F>
 __device__ __forceinline__ void for_each_slot(const Pass& pass, const BlockWork& work, F f) {
   const View& view = pass.view;
@@ -206,12 +217,8 @@ __device__ __forceinline__ void for_each_slot(const Pass& pass, const BlockWork&
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (i + u * blockDim.x < end) {
-        const int64_t start = base + row * row_stride;
-        // The first slot of a row begins before it where the row is not aligned.
-        const int64_t inside = index * V - (pass.aligned ? start % V : 0);
-        const int64_t first = max(-inside, int64_t(0)), last = min(length - inside, int64_t(V));
-        slots[u] = {start + inside, static_cast<int>(first), static_cast<int>(last),
-                    pass.aligned && first == 0 && last == V};
+        slots[u] = slot_of<V>(pass, base + row * row_stride, index);
+        slots[u].row = row;
       }
       row += row_step;
       index += index_step;
@@ -295,7 +302,7 @@ __device__ __forceinline__ void differentiate(const Stage<T>& s, const ChannelPa
                                               const GradientCoefficients<A>& coefficients, Vector<T, V>& x,
                                               Vector<T, V>& dy, const Vector<T, V>& residual, int v) {
   const A dz = gradient<Act>(s, p, x, dy, residual, v);
-  const A dx = s.offset ? coefficients.dx(input<Act>(s, x.values[v]), dz, p) : dz * p.scale;
+  const A dx = coefficients.through_statistics ? coefficients.dx(input<Act>(s, x.values[v]), dz, p) : dz * p.scale;
   x.values[v] = from_accumulator<T>(input_backward<Act>(s, x.values[v], dx));
   dy.values[v] = from_accumulator<T>(dz);
 }

@@ -20,7 +20,8 @@ PlanRequest request(const GroupNormBackward& args) {
           .groups = args.groups,
           .direction = Direction::backward,
           .aligned = aligned({args.dy, args.x, args.dx}),
-          .path = args.path};
+          // Only sums are wanted: nothing is worth holding.
+          .path = args.dx ? args.path : Path::two_kernels};
 }
 
 // What both directions are given.

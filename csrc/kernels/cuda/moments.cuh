@@ -38,13 +38,12 @@ __device__ __forceinline__ void count_batch(const Stage<T>& s) {
   if (s.num_batches_tracked && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) ++*s.num_batches_tracked;
 }
 
-// keep(index, vector): for every slot, which is empty where nothing is loaded.
-template <class Act, int V, class T, class Keep>
-__device__ __forceinline__ Welford<double> plane_moments(const Stage<T>& s, const BlockWork& work, Keep keep) {
+template <class Act, int V, class T>
+__device__ __forceinline__ Welford<double> plane_moments(const Stage<T>& s, const BlockWork& work) {
   using A = Accumulator<T>;
   Welford<A> data;
   A shift = 0;
-  for_each_slot<V, kPlaneBatch>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int index) {
+  for_each_slot<V, kPlaneBatch>(s.pass, work, [&](const Slot(&slots)[kPlaneBatch], int) {
     Vector<T, V> x[kPlaneBatch];
 #pragma unroll
     for (int u = 0; u < kPlaneBatch; ++u) x[u] = load_slot<V>(s.x, slots[u]);
@@ -53,7 +52,6 @@ __device__ __forceinline__ Welford<double> plane_moments(const Stage<T>& s, cons
       const Slot& slot = slots[u];
       const int n = slot.last - slot.first;
       if (n <= 0) continue;
-      keep(index + u * blockDim.x, x[u]);
       if (data.count == 0) shift = input<Act>(s, s.x[slot.offset + slot.first]);
       const auto present = [&](int v) { return slot.whole || (v >= slot.first && v < slot.last); };
       A d[V], sum = 0, m2 = 0;

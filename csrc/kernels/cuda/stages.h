@@ -41,6 +41,14 @@ struct RunningStatistics {
   int64_t* num_batches_tracked;  // incremented here only if the batch is empty
 };
 
+// The units that a launch holds on chip.
+struct HeldUnits {
+  Exchange exchange;
+  int64_t first;               // of the launch
+  double* parameter_partials;  // [N][splits][channels][2], or null: GroupNorm, backward
+  unsigned* barrier;           // of a cooperative launch, 0 before it
+};
+
 template <class T>
 Status stats(const Stage<T>& stage, void* stream);
 template <class T>
@@ -50,10 +58,15 @@ Status backward_reduce(const Stage<T>& stage, void* stream);
 template <class T>
 Status backward_apply(const Stage<T>& stage, void* stream);
 
-// Both in one, statistics included: of BatchNorm, not in float64, where a channel fits on chip.
+// All stages of a direction in one, statistics, parameter gradients (BatchNorm) and all. Not in float64.
 template <class T>
-Status channel_forward(const Stage<T>& stage, double eps, const RunningStatistics& running, Accumulator<T>* mean,
-                       Accumulator<T>* invstd, void* stream);
+Status hold_forward(const Stage<T>& stage, const HeldUnits& units, LaunchConfig config, double eps,
+                    const RunningStatistics& running, Accumulator<T>* mean, Accumulator<T>* invstd, void* stream);
+template <class T>
+Status hold_backward(const Stage<T>& stage, const HeldUnits& units, LaunchConfig config, bool through_statistics,
+                     Accumulator<T>* dweight, Accumulator<T>* dbias, void* stream);
+// Sets the barriers of cooperative launches to 0.
+Status clear_barriers(unsigned* barriers, int64_t count, void* stream);
 
 // Partials of stats to mean and invstd of the chunk's groups; without values both are 0 and nothing is running.
 template <class T>

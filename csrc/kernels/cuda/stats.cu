@@ -1,5 +1,5 @@
 // The stage stats: partial moments.
-#include "block_reduce.cuh"
+#include "column_reduce.cuh"
 #include "launch_stage.cuh"
 #include "moments.cuh"
 
@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kBlock, 2) plane_stats_kernel(Stage<T> s) {
   count_batch(s);
   constexpr int V = 16 / sizeof(T);
   const BlockWork work = block_work(s, /*backwards=*/false);
-  Welford<double> data = plane_moments<Act, V>(s, work, [](int, const Vector<T, V>&) {});
+  Welford<double> data = plane_moments<Act, V>(s, work);
   if (sizeof(T) < 8 && !isfinite(data.m2)) data = exact_plane_moments<Act, V>(s, work);
   data = block_moments(data, shared_memory<double>());
   if (threadIdx.x == 0) {
@@ -79,23 +79,10 @@ __global__ void __launch_bounds__(kBlock, 2) column_stats_kernel(Stage<T> s) {
     }
   }
   __syncthreads();
-  const int lanes = s.pass.view.group * s.pass.row_groups > 16 ? kWarp : 1;
   auto* partials = reinterpret_cast<Welford<double>*>(s.partials) +
                    (work.matrix * s.pass.splits + work.split) * s.pass.view.channels + work.channel;
-  for (int channel = threadIdx.x / lanes; channel < work.tile_channels; channel += blockDim.x / lanes) {
-    double sums[2] = {}, deviations[1] = {};
-    channel_sum(s.pass, channel, lanes, sums, [&](int row_group, int column) {
-      const double n = rows_of(s.pass, work, row_group);
-      sums[0] += n;
-      sums[1] += n * means[row_group * width + column];
-    });
-    const double channel_mean = sums[1] / sums[0];
-    channel_sum(s.pass, channel, lanes, deviations, [&](int row_group, int column) {
-      const double n = rows_of(s.pass, work, row_group), delta = means[row_group * width + column] - channel_mean;
-      if (n > 0) deviations[0] += m2s[row_group * width + column] + n * delta * delta;
-    });
-    if (lanes == 1 || lane_index() == 0) partials[channel] = {sums[0], channel_mean, deviations[0]};
-  }
+  combine_columns(s.pass, work, means, m2s,
+                  [&](int channel, const Welford<double>& data) { partials[channel] = data; });
 }
 
 }  // namespace
