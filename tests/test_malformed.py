@@ -119,7 +119,6 @@ def malformed_group_norm():
 
 # Where PyTorch's own operators, composed, take what our operators refuse.
 NATIVE_TAKES = {
-    "no channels": "parameters of any size beside nothing to compute",
     "overlapping statistics": "writes both into one place",
     "overlapping columns": "writes both into one place",
     "running_mean is running_var": "writes both into one place",
