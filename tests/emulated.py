@@ -116,42 +116,32 @@ def compiler_or_skip():
         pytest.skip(f"no C++ compiler ({COMPILER[0]}) was found")
 
 
-def compile_all(folder, root, flags, sources):
-    """One object in ``folder`` for each source, and beside it the names of what it includes."""
-    flags = [*flags, "-DNORMFUSED_EMULATOR", f"-I{root / 'tests/emulator'}", "-MMD"]
-    objects = [folder / f"{path.stem}.o" for path in sources]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = pool.map(lambda o, i: compile_with(*flags, "-x", "c++", "-c", i, "-o", o), objects, sources)
-        assert len(list(compiled)) == len(sources)
-    return objects
-
-
-def sources_of(root):
-    return [*sorted((root / "csrc/kernels/cuda").glob("*.cu")), root / "tests/emulator/kernels.cpp"]
+def compile_one(folder, root, flags, source):
+    target = folder / f"{source.stem}.o"
+    include = f"-I{root / 'tests/emulator'}"
+    compile_with(*flags, "-DNORMFUSED_EMULATOR", include, "-x", "c++", "-c", source, "-o", target)
+    return target
 
 
 def build(folder, flags=("-O1",), emulator=None):
     """Compiles the kernels into a library in ``folder``; returns its path and the emulator's object."""
     if emulator is None:
         # Never with a sanitizer.
-        emulator = folder / "emulator.o"
-        include = f"-I{ROOT / 'tests/emulator'}"
-        compile_with("-O2", "-DNORMFUSED_EMULATOR", include, "-c", ROOT / "tests/emulator/emulator.cpp", "-o", emulator)
-    objects = compile_all(folder, ROOT, flags, sources_of(ROOT))
+        emulator = compile_one(folder, ROOT, ["-O2"], ROOT / "tests/emulator/emulator.cpp")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = [*SOURCES, ROOT / "tests/emulator/kernels.cpp"]
+        objects = list(pool.map(lambda source: compile_one(folder, ROOT, flags, source), sources))
     library = folder / "libkernels.so"
     compile_with(*flags, "-shared", *objects, emulator, "-o", library)
     return library, emulator
 
 
-def rebuild(folder, root, built, changed):
-    """A library in ``folder`` of the sources under ``root``, where only the file ``changed`` differs from ``built``."""
-    before = built[0].parent
-    stale = [path for path in sources_of(root) if f"/{changed}" in (before / f"{path.stem}.d").read_text()]
-    assert stale, f"nothing includes {changed}"
-    objects = compile_all(folder, root, ["-O0"], stale)
-    kept = [before / f"{path.stem}.o" for path in sources_of(root) if path not in stale]
+def rebuild(folder, root, built, source):
+    """A library in ``folder`` that differs from ``built`` in one source, which is compiled from under ``root``."""
+    changed = compile_one(folder, root, ["-O0"], root / "csrc/kernels/cuda" / source)
+    kept = [path for path in built[0].parent.glob("*.o") if path.name != changed.name]
     library = folder / "libkernels.so"
-    compile_with("-shared", *objects, *kept, built[1], "-o", library)
+    compile_with("-shared", changed, *kept, "-o", library)
     return library
 
 

@@ -102,7 +102,7 @@ def check_on_chip(plan, request, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(request=requests())
 def test_a_plan_covers_every_element_once_within_the_limits(device, request):
     plan, limits = C.launch_plan(**request, device=device), DEVICES[device]

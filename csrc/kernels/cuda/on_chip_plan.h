@@ -118,13 +118,13 @@ inline size_t room(const DeviceLimits& limits, int blocks) {
 }
 
 // What a path that holds its input makes of a call, or false: it cannot serve. Of two blocks on a multiprocessor one
-// loads while the other stores, so that is tried first; thorough: nothing else.
-inline bool plan_on_chip(const PlanRequest& request, const DeviceLimits& limits, Path path, bool thorough,
+// loads while the other stores, so that is tried first; alone: a block may also take a multiprocessor for itself.
+inline bool plan_on_chip(const PlanRequest& request, const DeviceLimits& limits, Path path, bool alone,
                          LaunchPlan* plan) {
   const bool backward = request.direction == Direction::backward;
   HeldPass held = {};
   int64_t resident = 0;
-  for (int blocks = kHeldBlocksPerMultiprocessor; blocks >= (thorough ? 2 : 1) && !held.fits; --blocks) {
+  for (int blocks = kHeldBlocksPerMultiprocessor; blocks >= (alone ? 1 : 2) && !held.fits; --blocks) {
     const size_t most = room(limits, blocks);
     const auto take = [&](int64_t splits) {
       held = hold(request, plan->view, plan->groups, splits);
@@ -169,19 +169,19 @@ inline bool plan_on_chip(const PlanRequest& request, const DeviceLimits& limits,
 inline bool choose_on_chip(const PlanRequest& request, const DeviceLimits& limits, bool meets_l2, LaunchPlan* plan) {
   if (request.dtype == Dtype::float64) return false;
   if (request.path == Path::block || request.path == Path::cluster || request.path == Path::cooperative) {
-    return plan_on_chip(request, limits, request.path, /*thorough=*/false, plan);
+    return plan_on_chip(request, limits, request.path, /*alone=*/true, plan);
   }
   if (request.path != Path::automatic) return false;
   LaunchPlan other = *plan;
-  if (plan_on_chip(request, limits, Path::block, /*thorough=*/true, &other)) {
+  if (plan_on_chip(request, limits, Path::block, /*alone=*/false, &other)) {
     const int64_t unit_bytes = kSlotBytes * other.held;
     if (!meets_l2 || 2 * other.units >= limits.multiprocessors || unit_bytes <= kSmallUnitBytes) {
       *plan = other;
       return true;
     }
   }
-  return !meets_l2 && (plan_on_chip(request, limits, Path::cluster, /*thorough=*/false, plan) ||
-                       plan_on_chip(request, limits, Path::cooperative, /*thorough=*/false, plan));
+  return !meets_l2 && (plan_on_chip(request, limits, Path::cluster, /*alone=*/true, plan) ||
+                       plan_on_chip(request, limits, Path::cooperative, /*alone=*/true, plan));
 }
 
 inline LaunchConfig on_chip_config(const LaunchPlan& plan, int64_t launch) {
