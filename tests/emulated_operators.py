@@ -2,12 +2,11 @@
 
 import functools
 import shutil
-import tempfile
 import types
-from pathlib import Path
 
 import emulated
 import torch
+from kernel_cases import built
 from torch.utils import cpp_extension
 
 from normfused import ops
@@ -22,20 +21,10 @@ def why_not():
     return None if shutil.which(emulated.COMPILER[0]) else f"no C++ compiler ({emulated.COMPILER[0]}) was found"
 
 
-@functools.cache
-def folder():
-    """Where the session's build lies, until Python exits."""
-    return tempfile.TemporaryDirectory(prefix="normfused-emulator-")
-
-
-@functools.cache
-def built():
-    """The paths of the emulated kernels' library and of the emulator's object."""
-    return emulated.build(Path(folder().name))
-
-
 def build_binding():
-    here, objects = Path(folder().name), []
+    kernels = built()[0]
+    here, objects = kernels.parent / "binding", []
+    here.mkdir()
     flags = ["-O1", "-DNORMFUSED_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()] + ["-fvisibility=hidden"]
     binding = emulated.ROOT / "csrc/torch"
@@ -45,7 +34,7 @@ def build_binding():
         emulated.compile_with(*flags, "-c", source, "-o", objects[-1])
     library = here / "liboperators.so"
     torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
-    emulated.compile_with("-shared", *objects, built()[0], *torch_libraries, f"-Wl,-rpath,{here}", "-o", library)
+    emulated.compile_with("-shared", *objects, kernels, *torch_libraries, f"-Wl,-rpath,{kernels.parent}", "-o", library)
     return library
 
 
