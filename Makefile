@@ -41,8 +41,9 @@ cuda: .venv-cuda/built
 demo: build
 	$(BIN)/python -m bench demo
 
+# Two processes: most tests keep one core busy. One file in one of them, for what its tests share.
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 conformance: build
 	$(BIN)/python -m pytest -p tests.conformance

@@ -331,3 +331,10 @@ def test_refused_notices(monkeypatch):
     for wrong, exception in itertools.product((writes, silent, unclear), ((AssertionError, pytest.fail.Exception),)):
         with pytest.raises(exception):
             refused(wrong, "wrong", good_batch_norm())
+
+
+def test_more_memory_than_there_is(backend):
+    """The message is that of torch's allocators, which programs look for to try again with less."""
+    x = torch.zeros(1).expand(2**10, 3, 2**20, 2**20)
+    with pytest.raises(RuntimeError, match=r"can't allocate memory|out of memory"):
+        group_norm_act(x, 3)

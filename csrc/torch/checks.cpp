@@ -78,8 +78,15 @@ Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, 
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(scalar_type),
-                                                         device_type, like.get_device_index(), &handle));
+  if (aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(scalar_type), device_type,
+                               like.get_device_index(), &handle) != AOTI_TORCH_SUCCESS) {
+    // The stable ABI tells of a failure, not of its kind; nothing else fails here.
+    std::ostringstream message;
+    message << device::kOutOfMemory << " normfused could not allocate a tensor of ";
+    for (int64_t d = 0; d < dim; ++d) message << (d ? " x " : "") << sizes[d];
+    message << " elements of " << torch::headeronly::toString(scalar_type);
+    throw std::runtime_error(message.str());
+  }
   return Tensor(handle);
 }
 

@@ -10,6 +10,8 @@ namespace normfused::binding::device {
 
 // As torch spells it: "cpu", "cuda".
 extern const char* const kType;
+// What the message starts with where memory runs out, as torch's own does: programs look for it.
+extern const char* const kOutOfMemory;
 // Whether the kernels read and write per-channel arrays of a 16-bit x's own dtype; otherwise the binding converts them.
 extern const bool kNarrowChannels;
 // Whether the BatchNorm kernels apply a pre_activation.

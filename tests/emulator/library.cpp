@@ -7,6 +7,7 @@ namespace normfused::binding {
 namespace device {
 
 const char* const kType = "cpu";
+const char* const kOutOfMemory = "CUDA out of memory.";
 
 bool holds(const Tensor& t) { return t.is_cpu(); }
 

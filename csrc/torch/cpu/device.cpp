@@ -23,6 +23,7 @@ void run_with(void (*kernel)(const Args&, ParallelFor), Args& args, int64_t work
 }  // namespace
 
 const char* const kType = "cpu";
+const char* const kOutOfMemory = "DefaultCPUAllocator: can't allocate memory:";
 const bool kNarrowChannels = false;
 const bool kPreActivation = false;
 

@@ -8,6 +8,7 @@
 namespace normfused::binding::device {
 
 const char* const kType = "cuda";
+const char* const kOutOfMemory = "CUDA out of memory.";
 
 bool holds(const Tensor& t) { return t.is_cuda(); }
 
