@@ -35,7 +35,8 @@ def choose(tensor) -> str:
                 f'use_backend("{_override}") cannot be honoured for a tensor on {tensor.device}: {why_not}'
             )
         return _override
-    return _decision(tensor.device.type)
+    # A torch.device takes longer to make than the question whether it is the CPU.
+    return _decision("cpu" if tensor.is_cpu else tensor.device.type)
 
 
 def _decision(device_type):

@@ -211,8 +211,10 @@ def _batch_norm_act(
             y = apply(input, weight, bias, residual, (*arguments, backend))
         if training and not compiling:
             # What autograd saved of them before is no longer what it was (native says nothing: #73050).
-            written = (running_mean, running_var, num_batches_tracked)
-            increment_version([t for t in written if t is not None])
+            if running_mean is not None and running_var is not None:
+                increment_version((running_mean, running_var))
+            if num_batches_tracked is not None:
+                increment_version(num_batches_tracked)
     except (RuntimeError, AttributeError):
         # Something is wrong: say it with the type of exception that PyTorch has for it.
         tensors = {"weight": weight, "bias": bias, "residual": residual}

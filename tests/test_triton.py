@@ -406,6 +406,7 @@ class OnDevice:
 
     def __init__(self, device):
         self.device = torch.device(device)
+        self.is_cpu = self.device.type == "cpu"
 
 
 @pytest.fixture
