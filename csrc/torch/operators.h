@@ -1,4 +1,4 @@
-// The operators' C++ signatures, in the order of library.cpp's schemas.
+// The operators' C++ signatures, in the order of schemas.h.
 #pragma once
 
 #include "checks.h"
