@@ -142,9 +142,9 @@ class BatchNormForwardDriver {
   // Normalise rows of a panel that starts at element `at`.
   void apply_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p) {
     const int64_t stride = partition_.cols;
-    for_each_strip(rows, second_pass_.streams ? kStrip : cols, [&](int64_t row, int64_t count) {
+    for_each_strip(rows, second_pass_.strip(cols, stride), [&](int64_t row, int64_t count) {
       const int64_t i = at + row * stride;
-      write(y_ + i, cols, second_pass_.streams, [&](T* y) {
+      write(y_ + i, count * cols, second_pass_.streams, [&](T* y) {
         functions_.columns.apply(x_ + i, residual_ ? residual_ + i : nullptr, y, count, cols, stride,
                                  second_pass_.ahead, p);
       });
@@ -199,8 +199,8 @@ class BatchNormForwardDriver {
     for_each(partition_.tasks, [&](int64_t task) {
       // From the last task to the first: the end of the input is what the cache still holds.
       const int64_t t = partition_.tasks - 1 - task;
-      for (int64_t c = 0; c < cols; c += panel) {
-        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(panel, cols - c), p.from(c));
+      for (int64_t c = 0; c < cols; c += kTile) {
+        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(kTile, cols - c), p.from(c));
       }
     });
   }
@@ -289,16 +289,16 @@ class BatchNormBackwardDriver {
                          sum_dz_deviation);
   }
 
-  // dx and dresidual of rows x cols elements from `at` on; a single row where they are streamed.
+  // dx and dresidual of rows x cols elements from `at` on: adjacent ones where they are streamed.
   template <class Functions, class P>
   void apply(const Functions& functions, int64_t at, int64_t rows, int64_t cols, int64_t stride, const P& p) {
     if (dx_) {
       const auto backward = args_.training ? functions.backward : functions.backward_frozen;
-      write(dx_ + at, cols, second_pass_.streams,
+      write(dx_ + at, rows * cols, second_pass_.streams,
             [&](T* dx) { backward(x_ + at, dy_ + at, residual(at), dx, rows, cols, stride, second_pass_.ahead, p); });
     }
     if (dresidual_) {
-      write(dresidual_ + at, cols, second_pass_.streams, [&](T* dresidual) {
+      write(dresidual_ + at, rows * cols, second_pass_.streams, [&](T* dresidual) {
         functions.residual_gradient(x_ + at, dy_ + at, residual(at), dresidual, rows, cols, stride, p);
       });
     }
@@ -369,7 +369,7 @@ class BatchNormBackwardDriver {
 
   void apply_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p) {
     const int64_t stride = partition_.cols;
-    for_each_strip(rows, second_pass_.streams ? kStrip : cols, [&](int64_t row, int64_t count) {
+    for_each_strip(rows, second_pass_.strip(cols, stride), [&](int64_t row, int64_t count) {
       apply(functions_.columns, at + row * stride, count, cols, stride, p);
     });
   }
@@ -426,8 +426,8 @@ class BatchNormBackwardDriver {
     if (!applies_) return;
     for_each(partition_.tasks, [&](int64_t task) {
       const int64_t t = partition_.tasks - 1 - task;
-      for (int64_t c = 0; c < cols; c += panel) {
-        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(panel, cols - c), p.from(c));
+      for (int64_t c = 0; c < cols; c += kTile) {
+        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(kTile, cols - c), p.from(c));
       }
     });
   }

@@ -100,10 +100,26 @@ inline void add_partials(double* sums, int64_t tasks, int64_t n) {
   }
 }
 
+// Rows that stay in L2 between dx and dresidual.
+inline int64_t strip_in_cache(int64_t cols) { return maximum(16384 / cols, 1); }
+
+// Calls f(first row, rows) for strips of rows.
+template <class F>
+void for_each_strip(int64_t rows, int64_t strip, F f) {
+  for (int64_t r = 0; r < rows; r += strip) f(r, minimum(strip, rows - r));
+}
+
 // How BatchNorm's second pass, the one that writes, goes over its tensors.
 struct SecondPass {
   int64_t ahead;  // elements to what it asks for
   bool streams;   // past the caches
+
+  // Rows to take at a time. What is streamed is at most a tile of adjacent elements, and not much less: it is read back
+  // from L1 when its stores have got there.
+  int64_t strip(int64_t cols, int64_t stride) const {
+    if (!streams) return strip_in_cache(cols);
+    return cols == stride ? maximum(kTile / cols, 1) : 1;
+  }
 };
 
 // A task whose elements fit into half of L2 beside the next task's asks for those while it writes: memory is then read
@@ -137,14 +153,6 @@ void write(T* to, int64_t n, bool streams, F f) {
   alignas(64) T staged[kTile];
   f(staged);
   stream(staged, to, n);
-}
-
-// Calls f(first row, rows) for strips of rows, short enough to stay in L2 between dx and dresidual.
-constexpr int64_t kStrip = 16384;
-template <class F>
-void for_each_strip(int64_t rows, int64_t cols, F f) {
-  const int64_t strip = maximum(kStrip / cols, 1);
-  for (int64_t r = 0; r < rows; r += strip) f(r, minimum(strip, rows - r));
 }
 
 // f(task) for every task in [0, tasks); in order, on this thread, where work (in elements) is not worth a second one.

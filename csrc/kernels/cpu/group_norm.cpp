@@ -208,7 +208,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     const auto apply = [this](int64_t task) {
       const ColumnParameters<A> p = this->column_parameters(task / partition_.splits);
       this->for_each_panel([&](int64_t c, int64_t cols) {
-        for_each_strip(this->row_count(task), cols, [&](int64_t row, int64_t count) {
+        for_each_strip(this->row_count(task), strip_in_cache(cols), [&](int64_t row, int64_t count) {
           const int64_t at = this->offset_of(task) + row * e_.C + c;
           this->functions_.columns.apply(x_ + at, nullptr, y_ + at, count, cols, e_.C, 0, p.from(c));
         });
@@ -391,7 +391,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       if (!dx_) return;
       const ColumnParameters<A> p = this->column_parameters(task / partition_.splits);
       this->for_each_panel([&](int64_t c, int64_t cols) {
-        for_each_strip(this->row_count(task), cols, [&](int64_t row, int64_t count) {
+        for_each_strip(this->row_count(task), strip_in_cache(cols), [&](int64_t row, int64_t count) {
           const int64_t at = this->offset_of(task) + row * e_.C + c;
           this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx_ + at, count, cols, e_.C, 0, p.from(c));
         });
