@@ -36,6 +36,7 @@ class SyncBatchNormActFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("SyncBatchNormAct: the gradient of its gradient (create_graph=True) is not implemented")
         x, weight, bias, residual = ctx.saved_tensors
+        ctx.recipe = None
         count, mean, invstd = ctx.statistics
         activation, backend, group = ctx.options
         need_dx, need_dweight, need_dbias, need_dresidual, *_ = ctx.needs_input_grad
@@ -140,7 +141,7 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
                 factor *= count > 0  # Without a value anywhere nothing moves; a rank that has some need not look.
             _move(self.running_mean, mean, factor)
             _move(self.running_var, m2 / (n - 1).clamp(min=1), factor)
-        if recompute.is_on() and y.requires_grad:
+        if recompute.is_on(y):
             recompute.remember_batch_norm(y, input, self.weight, self.bias, residual, *statistics[1:], *options[:2])
         return y
 
