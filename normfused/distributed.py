@@ -141,7 +141,7 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
                 factor *= count > 0  # Without a value anywhere nothing moves; a rank that has some need not look.
             _move(self.running_mean, mean, factor)
             _move(self.running_var, m2 / (n - 1).clamp(min=1), factor)
-        if recompute.is_on(y):
+        if recompute.takes(y):
             recompute.remember_batch_norm(y, input, self.weight, self.bias, residual, *statistics[1:], *options[:2])
         return y
 

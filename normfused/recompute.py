@@ -22,7 +22,7 @@ from . import backends, stages
 
 class _Local(threading.local):
     depth = 0  # of recompute_activations in this thread
-    min_bytes = 0  # of the innermost
+    choice = None  # of the innermost
 
 
 local = _Local()
@@ -34,8 +34,25 @@ _recipes = weakref.WeakValueDictionary()
 _MAX_CHAIN = 16
 
 
+class _Choice:
+    """Which outputs are recomputed: of those that are large enough a share, spread over the model."""
+
+    def __init__(self, share, min_bytes):
+        self.share, self.min_bytes = share, min_bytes
+        self.owed = 0.0  # bytes that the share of what came so far is ahead of what was recomputed of it
+
+    def takes(self, y):
+        if y.nbytes < self.min_bytes:
+            return False
+        self.owed += self.share * y.nbytes
+        if self.owed < y.nbytes:
+            return False
+        self.owed -= y.nbytes
+        return True
+
+
 @contextlib.contextmanager
-def recompute_activations(*, min_bytes=1 << 20):
+def recompute_activations(share=1.0, *, min_bytes=1 << 20):
     """Around the forward pass: what the fused layers put out is computed again in the backward pass instead of kept.
 
     A chain convolution -> norm -> activation -> convolution keeps half as much, for one more read and write of each
@@ -45,23 +62,29 @@ def recompute_activations(*, min_bytes=1 << 20):
     torch.func's transforms raise, as they do with any such hooks. The backward pass may be outside.
 
     Args:
+        share: how much of these outputs to recompute, in bytes, from 0 to 1; the rest is kept. Time and memory follow.
         min_bytes: outputs of fewer bytes are kept: the bookkeeping would cost more time than their memory is worth.
+
+    Raises:
+        ValueError: ``share`` is not from 0 to 1.
     """
-    outer = local.min_bytes
-    local.depth, local.min_bytes = local.depth + 1, min_bytes
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"recompute_activations: share must be from 0 to 1, got {share}")
+    outer = local.choice
+    local.depth, local.choice = local.depth + 1, _Choice(share, min_bytes)
     try:
         with saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
-        local.depth, local.min_bytes = local.depth - 1, outer
+        local.depth, local.choice = local.depth - 1, outer
 
 
-def is_on(y):
-    """Whether what autograd keeps now passes through here, and ``y`` is one to recompute."""
-    if not local.depth or torch.compiler.is_compiling() or not y.requires_grad or y.nbytes < local.min_bytes:
+def takes(y):
+    """Whether ``y``, which a layer just computed, is to be recomputed, and what autograd keeps passes through here."""
+    if not local.depth or torch.compiler.is_compiling() or not y.requires_grad:
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0] is _pack
+    return hooks is not None and hooks[0] is _pack and local.choice.takes(y)
 
 
 def in_backward():
@@ -134,6 +157,8 @@ class _Recipe:
 class _Recomputed:
     """A tensor that a recipe makes."""
 
+    __slots__ = "geometry", "recipe"
+
     def __init__(self, recipe, t):
         self.recipe = recipe
         self.geometry = t.size(), t.stride(), t.storage_offset()
@@ -144,6 +169,8 @@ class _Recomputed:
 
 class _Kept:
     """A tensor that is kept; with hooks autograd itself no longer watches over changes in place."""
+
+    __slots__ = "tensor", "version"
 
     def __init__(self, t):
         # t may be the very output of the node that keeps this: without detach a cycle, which nobody collects in time.
