@@ -364,6 +364,27 @@ def test_double_backward(ranks, affine, residual):
         torch.testing.assert_close(torch.cat(actual), whole)
 
 
+def compiled(case):
+    """The number of graph breaks of a layer that gives the same compiled and not."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(5, 5, 1), case.layer(SyncBatchNormAct, activation="relu6"))
+    other = copy.deepcopy(model)
+    x = case.part(case.tensors(0)[0], dist.get_rank())
+    breaks = torch._dynamo.explain(copy.deepcopy(model))(x).graph_break_count
+    for _ in range(STEPS):
+        for forward in (torch.compile(model, backend="aot_eager"), other):
+            forward.zero_grad()
+            forward(x).square().sum().backward()
+    for mine, others in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, others.grad)
+    torch.testing.assert_close(state(model), state(other))
+    return breaks
+
+
+def test_compiles_without_graph_breaks(pools):
+    assert pools[2].run(compiled, Case((2, 3))) == [0, 0]
+
+
 def wrong_arguments():
     before = state(layer := SyncBatchNormAct(5))
     x = randn(3, 5, 2)
