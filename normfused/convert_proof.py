@@ -245,7 +245,7 @@ def _use(node, parent, called, tried_out):
 
 
 def _makes_fresh(module):
-    """Whether a module's output is a tensor of its own: a convolution's, or that of a Sequential which ends with one."""
+    """Whether a module's output is a tensor of its own: a convolution's, or of a Sequential that ends with one."""
     if type(module).__call__ is not nn.Module.__call__ or has_hooks(module):
         return False
     if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):

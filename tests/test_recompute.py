@@ -335,7 +335,7 @@ def test_chains_are_cut(clean):
 
     x = randn(2, 3, 4, 4)
     outs = [forward(model, x, less).sum() for model, less in ((layers, True), (other, False))]
-    assert len(chains) == 38 and max(chains) == 16
+    assert (len(chains), max(chains)) == (38, 16)
     for out in outs:
         out.backward()
     assert_equal([p.grad for p in layers.parameters()], [p.grad for p in other.parameters()])
