@@ -41,14 +41,14 @@ class Checkpointed(torch.nn.Module):
 
 
 class Recomputing(torch.nn.Module):
-    """A converted model under normfused.recompute_activations."""
+    """A converted model under normfused.recompute_activations(share)."""
 
-    def __init__(self, model):
+    def __init__(self, model, share=1.0):
         super().__init__()
-        self.model = model
+        self.model, self.share = model, share
 
     def forward(self, x):
-        with normfused.recompute_activations():
+        with normfused.recompute_activations(self.share):
             return self.model(x)
 
 
@@ -70,6 +70,9 @@ VARIANTS = {
     "native-checkpoint": Variant("as it is, each block under torch.utils.checkpoint", Checkpointed),
     "normfused-recompute": Variant(
         "converted, under recompute_activations", lambda model: Recomputing(normfused.convert(model))
+    ),
+    "normfused-recompute-half": Variant(
+        "converted, under recompute_activations(0.5)", lambda model: Recomputing(normfused.convert(model), 0.5)
     ),
 }
 DEFAULT_VARIANTS = (NATIVE, OURS)

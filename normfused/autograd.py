@@ -34,6 +34,7 @@ class BatchNormActFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, residual = ctx.saved_tensors
+        ctx.recipe = None
         mean, invstd = ctx.statistics
         training, _, eps, activation, pre_activation, backend = ctx.options
         need_dx, need_dweight, need_dbias, need_dresidual, _ = ctx.needs_input_grad
@@ -83,6 +84,7 @@ class GroupNormActFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
+        ctx.recipe = None
         num_groups, eps, activation, backend = ctx.options
         need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():

@@ -233,7 +233,7 @@ def _use(node, parent, called, tried_out):
         return Use(), {}
     # The layer will be called at the sum: until then its input must stay what it is.
     source = node.args[0] if len(node.args) == 1 else None
-    if not isinstance(called.get(source), (nn.modules.conv._ConvNd, nn.Linear)) or len(source.users) != 1:
+    if not _makes_fresh(called.get(source)) or len(source.users) != 1:
         return (
             "its input is not the output of a convolution for it alone, which could wait for the sum that follows",
             {},
@@ -242,6 +242,15 @@ def _use(node, parent, called, tried_out):
     if _is_used_after(operands[first], sum_, called):
         return "the other operand of the sum that follows is used again, and might change in place", {}
     return _checked(parent, called, node.target, consumers[0], {node: "defer", sum_: "add"}, first)
+
+
+def _makes_fresh(module):
+    """Whether a module's output is a tensor of its own: a convolution's, or of a Sequential that ends with one."""
+    if type(module).__call__ is not nn.Module.__call__ or has_hooks(module):
+        return False
+    if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):
+        return len(module) > 0 and _makes_fresh(module[-1])
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
 
 
 def _is_used_after(value, node, called):

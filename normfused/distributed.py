@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import backends, native, recompute, stages
+from . import backends, native, recompute, reference, stages
 from .functional import _batch_norm_error
 from .modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
 
@@ -21,9 +21,9 @@ class SyncBatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, statistics, options):
-        """statistics: (count, mean, invstd) of the whole batch; options: (activation, backend, group)."""
+        """statistics: (count, mean, invstd) of the whole batch; options: (activation, backend, group, eps)."""
         _, mean, invstd = statistics
-        activation, backend, _ = options
+        activation, backend, *_ = options
         ctx.statistics, ctx.options = statistics, options
         y = stages.apply(x, stages.scale(weight, invstd), bias, residual, mean, activation, backend)
         if activation is None:
@@ -33,30 +33,34 @@ class SyncBatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            raise RuntimeError("SyncBatchNormAct: the gradient of its gradient (create_graph=True) is not implemented")
         x, weight, bias, residual = ctx.saved_tensors
+        ctx.recipe = None
         count, mean, invstd = ctx.statistics
-        activation, backend, group = ctx.options
+        activation, backend, group, eps = ctx.options
         need_dx, need_dweight, need_dbias, need_dresidual, *_ = ctx.needs_input_grad
-        dx, dweight, dbias, dresidual = stages.backward_reduce(
-            dy,
-            x,
-            weight,
-            bias,
-            residual,
-            mean,
-            invstd,
-            activation,
-            backend,
-            need_dx,
-            need_dresidual and activation is not None,
-        )
-        if need_dx:
-            # The parameters' own gradients stay those of this rank: adding them up is left to DDP or FSDP.
-            sums = torch.stack([dweight, dbias])
-            dist.all_reduce(sums, group=group)
-            dx = stages.backward_apply(dx, x, weight, mean, invstd, *sums, count, backend)
+        # The parameters' own gradients stay those of this rank: adding them up is left to DDP or FSDP.
+        if torch.is_grad_enabled():
+            dx, dweight, dbias, dresidual = _differentiable_backward(
+                dy, x, weight, bias, residual, count, eps, activation, group
+            )
+        else:
+            dx, dweight, dbias, dresidual = stages.backward_reduce(
+                dy,
+                x,
+                weight,
+                bias,
+                residual,
+                mean,
+                invstd,
+                activation,
+                backend,
+                need_dx,
+                need_dresidual and activation is not None,
+            )
+            if need_dx:
+                sums = torch.stack([dweight, dbias])
+                dist.all_reduce(sums, group=group)
+                dx = stages.backward_apply(dx, x, weight, mean, invstd, *sums, count, backend)
         if need_dresidual and activation is None:
             dresidual = dy
         return (
@@ -67,6 +71,40 @@ class SyncBatchNormActFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of ``t`` over the ranks of ``group``, on each of them; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, t, group):
+        ctx.group = group
+        total = t.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, dtotal):
+        return _SumOverRanks.apply(dtotal, ctx.group), None
+
+
+def _differentiable_backward(dy, x, weight, bias, residual, count, eps, activation, group):
+    """(dx, dweight, dbias, dresidual) by formulas that autograd follows, across ranks too; as ``_SumOverRanks``, every
+    rank has to differentiate them."""
+    dims = [0, *range(2, x.dim())]
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    wide = x.to(dy.dtype if dy.dtype == torch.float64 else torch.float32)
+    mean = _SumOverRanks.apply(wide.sum(dims), group) / count
+    centred = wide - mean.view(shape)
+    invstd = (_SumOverRanks.apply(centred.square().sum(dims), group) / count + eps).rsqrt()
+    frozen_dx, dweight, dbias, dresidual = reference.batch_norm_act_backward(
+        dy, x, weight, bias, residual, mean, invstd, False, eps, activation
+    )
+    # As stages.backward_apply; where there is no weight or bias, its gradient is this sum all the same.
+    total_dweight, total_dbias = _SumOverRanks.apply(torch.stack([dweight, dbias]).to(mean.dtype), group) / count
+    correction = total_dbias.view(shape) + centred * (invstd * total_dweight).view(shape)
+    dx = frozen_dx - (stages.scale(weight, invstd).view(shape) * correction).to(frozen_dx.dtype)
+    return dx, dweight, dbias, dresidual
 
 
 class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
@@ -91,7 +129,7 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
         ValueError: one value per channel on all ranks together (on all of them), and what
             :func:`normfused.functional.batch_norm_act` raises it for.
         NotImplementedError: integer, boolean or complex ``input``.
-        RuntimeError: sizes or dtypes do not fit; in the backward pass, ``create_graph=True``.
+        RuntimeError: sizes or dtypes do not fit.
 
     What is wrong on one rank alone is raised there alone, and leaves the others waiting, as any exception between
     collectives does.
@@ -129,7 +167,7 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
             raise error
         if self.pre_activation is not None:
             input = native.activate(input, self.pre_activation)
-        options = self.activation, backends.choose(input), group
+        options = self.activation, backends.choose(input), group, self.eps
         count, mean, m2 = _statistics_of_all(input, group)
         n = count.clamp(min=1)
         statistics = n, mean, (m2 / n + self.eps).sqrt().reciprocal()
@@ -140,7 +178,7 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
                 factor *= count > 0  # Without a value anywhere nothing moves; a rank that has some need not look.
             _move(self.running_mean, mean, factor)
             _move(self.running_var, m2 / (n - 1).clamp(min=1), factor)
-        if recompute.is_on() and y.requires_grad:
+        if recompute.takes(y):
             recompute.remember_batch_norm(y, input, self.weight, self.bias, residual, *statistics[1:], *options[:2])
         return y
 

@@ -126,7 +126,7 @@ def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activ
         _raise(_not_tensors("group_norm_act", weight=weight, bias=bias))
         _raise(_group_norm_error(input, num_groups, activation))
         raise
-    if recompute.local.depth and recompute.is_on():
+    if recompute.local.depth and recompute.takes(y):
         recompute.remember_group_norm(y, input, weight, bias, num_groups, eps, activation, backend)
     return y
 
@@ -221,7 +221,7 @@ def _batch_norm_act(
         _raise(_not_tensors("batch_norm_act", running_mean=running_mean, running_var=running_var, **tensors))
         _raise(_batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, None))
         raise
-    if recompute.local.depth and y.requires_grad and recompute.is_on():
+    if recompute.local.depth and recompute.takes(y):
         statistics = y.grad_fn.statistics
         recompute.remember_batch_norm(
             y, input, weight, bias, residual, *statistics, activation, backend, pre_activation

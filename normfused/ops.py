@@ -158,6 +158,11 @@ if LOADED:
 
     BUILD["instruction_set"] = torch.ops.normfused.cpu_instruction_set()
 
+    # torch.compile's inductor lays tensors out as convolutions like them, and would copy what our kernels read as it is
+    # into the layout that it was traced in. (The stable ABI of torch 2.10 has no way to declare it.)
+    for _operator in (batch_norm_act, batch_norm_act_backward, group_norm_act, group_norm_act_backward):
+        _operator.tags.append(torch.Tag.flexible_layout)
+
     torch.library.register_fake("normfused::batch_norm_act", fake_batch_norm_act)
     torch.library.register_fake("normfused::batch_norm_act_backward", fake_batch_norm_act_backward)
     torch.library.register_fake("normfused::group_norm_act", fake_group_norm_act)

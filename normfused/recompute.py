@@ -22,6 +22,7 @@ from . import backends, stages
 
 class _Local(threading.local):
     depth = 0  # of recompute_activations in this thread
+    choice = None  # of the innermost
 
 
 local = _Local()
@@ -29,8 +30,29 @@ local = _Local()
 _recipes = weakref.WeakValueDictionary()
 
 
+# Recomputing one output out of so many in a row of residual blocks would need all before it: one in between is kept.
+_MAX_CHAIN = 16
+
+
+class _Choice:
+    """Which outputs are recomputed: of those that are large enough a share, spread over the model."""
+
+    def __init__(self, share, min_bytes):
+        self.share, self.min_bytes = share, min_bytes
+        self.owed = 0.0  # bytes that the share of what came so far is ahead of what was recomputed of it
+
+    def takes(self, y):
+        if y.nbytes < self.min_bytes:
+            return False
+        self.owed += self.share * y.nbytes
+        if self.owed < y.nbytes:
+            return False
+        self.owed -= y.nbytes
+        return True
+
+
 @contextlib.contextmanager
-def recompute_activations():
+def recompute_activations(share=1.0, *, min_bytes=1 << 20):
     """Around the forward pass: what the fused layers put out is computed again in the backward pass instead of kept.
 
     A chain convolution -> norm -> activation -> convolution keeps half as much, for one more read and write of each
@@ -38,21 +60,31 @@ def recompute_activations():
     updated once. Only layers that run on normfused's kernels take part (``normfused.info()``), in eager mode; other
     tensors are kept as usual. Within it, ``torch.utils.checkpoint`` and other saved_tensors_hooks come first, and
     torch.func's transforms raise, as they do with any such hooks. The backward pass may be outside.
+
+    Args:
+        share: how much of these outputs to recompute, in bytes, from 0 to 1; the rest is kept. Time and memory follow.
+        min_bytes: outputs of fewer bytes are kept: the bookkeeping would cost more time than their memory is worth.
+
+    Raises:
+        ValueError: ``share`` is not from 0 to 1.
     """
-    local.depth += 1
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"recompute_activations: share must be from 0 to 1, got {share}")
+    outer = local.choice
+    local.depth, local.choice = local.depth + 1, _Choice(share, min_bytes)
     try:
         with saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
-        local.depth -= 1
+        local.depth, local.choice = local.depth - 1, outer
 
 
-def is_on():
-    """Whether what autograd keeps now passes through here."""
-    if not local.depth or torch.compiler.is_compiling():
+def takes(y):
+    """Whether ``y``, which a layer just computed, is to be recomputed, and what autograd keeps passes through here."""
+    if not local.depth or torch.compiler.is_compiling() or not y.requires_grad:
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0] is _pack
+    return hooks is not None and hooks[0] is _pack and local.choice.takes(y)
 
 
 def in_backward():
@@ -65,7 +97,7 @@ def remember_batch_norm(y, x, weight, bias, residual, mean, invstd, activation, 
     # Without an activation the layer's own backward does not keep residual, and nothing would be gained.
     if activation is not None or residual is None:
         # Copies, for an optimizer may change the parameters, and FSDP free them, before y is asked for.
-        scale = stages.scale(weight, invstd).detach()
+        scale = stages.scale(None if weight is None else weight.detach(), invstd)
         bias = None if bias is None else bias.detach().clone()
 
         def apply(x, residual):
@@ -85,35 +117,25 @@ def remember_group_norm(y, x, weight, bias, num_groups, eps, activation, backend
 
 
 def _remember(y, apply, inputs):
-    recipe = _Recipe(y, apply, inputs)
-    _recipes[y.untyped_storage()._cdata] = recipe
-    y.grad_fn.register_prehook(_Owner(recipe))
-
-
-class _Owner:
-    """A hook of the layer's backward node that keeps the recipe until the node runs, or is no more."""
-
-    def __init__(self, recipe):
-        self.recipe = recipe
-
-    def __call__(self, grad_outputs):
-        self.recipe = None
+    # x may be an earlier layer's y: then this recipe holds that recipe.
+    inputs = [None if t is None else _pack(t) for t in inputs]
+    chain = 1 + max((packed.recipe.chain for packed in inputs if type(packed) is _Recomputed), default=0)
+    if chain <= _MAX_CHAIN:
+        recipe = _Recipe(y, apply, inputs, chain)
+        _recipes[y.untyped_storage()._cdata] = recipe
+        # The layer's backward node keeps the recipe until it runs (its backward lets it go), or is no more.
+        y.grad_fn.recipe = recipe
 
 
 class _Recipe:
     """How to compute a y again."""
 
-    def __init__(self, y, apply, inputs):
+    def __init__(self, y, apply, inputs, chain):
         storage = y.untyped_storage()
-        self.storage, self.address, self.dtype, self.version = (
-            StorageWeakRef(storage),
-            storage.data_ptr(),
-            y.dtype,
-            y._version,
-        )
-        self.apply = apply
-        # x may be an earlier layer's y: then this recipe holds that recipe.
-        self.inputs = [None if t is None else _pack(t) for t in inputs]
+        self.storage, self.address = StorageWeakRef(storage), storage.data_ptr()
+        self.dtype, self.version = y.dtype, y._version
+        self.apply, self.inputs = apply, inputs
+        self.chain = chain  # how many recipes have to follow each other, this one included
         self.y = None
 
     def makes(self, t):
@@ -135,6 +157,8 @@ class _Recipe:
 class _Recomputed:
     """A tensor that a recipe makes."""
 
+    __slots__ = "geometry", "recipe"
+
     def __init__(self, recipe, t):
         self.recipe = recipe
         self.geometry = t.size(), t.stride(), t.storage_offset()
@@ -145,6 +169,8 @@ class _Recomputed:
 
 class _Kept:
     """A tensor that is kept; with hooks autograd itself no longer watches over changes in place."""
+
+    __slots__ = "tensor", "version"
 
     def __init__(self, t):
         # t may be the very output of the node that keeps this: without detach a cycle, which nobody collects in time.
@@ -162,7 +188,8 @@ class _Kept:
 
 
 def _pack(t):
-    if type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided:
+    # Parameters, indices and the like are no output of a layer that wants a gradient: not worth a look.
+    if t.grad_fn is not None and type(t) is torch.Tensor and t.layout is torch.strided:
         recipe = _recipes.get(t.untyped_storage()._cdata)
         if recipe is not None and recipe.makes(t):
             return _Recomputed(recipe, t)
