@@ -114,7 +114,7 @@ def test_the_better_peer_decides_what_is_lost():
         (["ops", "--family", "tiny", "--mode", "forward"], "no case is left"),
         (["ops", "--family", "group_norm", "--shape", "48,8"], "48 channels do not divide into 32 groups"),
         (["demo", "--steps", "0"], "expected a positive number"),
-        ([], "the following arguments are required: command"),
+        ([], "the following arguments are required: COMMAND"),
     ],
 )
 def test_wrong_arguments_end_with_a_message(arguments, message, capsys):
@@ -340,7 +340,9 @@ def test_interleaved_timing_with_a_known_clock():
     timers = {name: timing.HostTimer(function, clock=lambda: now) for name, function in functions.items()}
     # Of these calls only what comes after the setup counts.
     timers["half"] = timing.HostTimer(lambda _: takes(0.25)(), takes(0.25), clock=lambda: now)
-    timings, failures = timing.interleave(timers, 6.0, clock=lambda: now)
+    timings, failures = timing.interleave(
+        timers, 18.0, clock=lambda: now
+    )  # a round takes 3: each block comes after two calls
     assert timings["slow"].median == pytest.approx(0.5)
     assert timings["fast"].median == pytest.approx(1e-4)
     assert timings["slow"].repeats == 1
