@@ -98,9 +98,10 @@ def _add_ops(commands):
         help="time single layers",
         description=textwrap.fill(
             "Time single layers: PyTorch's own (eager), torch.compile of them, normfused, its Triton kernels where there "
-            "is a GPU, and the peers that are installed. Every provider is checked against the formulas in float64 first; "
-            "all are timed in turn, in one process, in shuffled rounds, by torch.utils.benchmark. On a GPU times are "
-            "those of the kernels (replays of a CUDA graph over tensors four times as large as L2), but for mode host.",
+            "is a GPU, and the peers that are installed. Every provider is checked against the formulas in float64 "
+            "first; all are timed in turn, in one process, in shuffled rounds, by torch.utils.benchmark. On a GPU times "
+            "are those of the kernels (replays of a CUDA graph over tensors four times as large as L2), but for mode "
+            "host.",
             100,
         ),
         epilog=_OPS_EPILOG,

@@ -214,9 +214,9 @@ def table(rows):
 
 
 LEGEND = (
-    "Random images, SGD with momentum, steps of the variants in turn; time is the median ± half the interquartile range. "
-    "Percentages are of the first variant's. Memory is PyTorch's own, beyond parameters and momentum: what the forward "
-    "pass leaves for the backward pass, and the worst moment of a step."
+    "Random images, SGD with momentum, steps of the variants in turn; time is the median ± half the interquartile "
+    "range. Percentages are of the first variant's. Memory is PyTorch's own, beyond parameters and momentum: what the "
+    "forward pass leaves for the backward pass, and the worst moment of a step."
 )
 
 

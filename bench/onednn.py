@@ -121,25 +121,29 @@ def batch_norm_relu(x, weight, bias, eps, statistics=None):
     flags = _FUSED_RELU | _SCALE | _SHIFT
     if statistics is not None:
         mean, var = statistics
-        evaluate = _Primitive(_INFERENCE, x, eps, flags | _GLOBAL_STATISTICS)
+        evaluate = _for_each_number_of_threads(lambda: _Primitive(_INFERENCE, x, eps, flags | _GLOBAL_STATISTICS))
 
         def evaluated(x):
             y = torch.empty_like(x)
-            evaluate(x=x, weight=weight.detach(), bias=bias.detach(), mean=mean, var=var, y=y)
+            evaluate()(x=x, weight=weight.detach(), bias=bias.detach(), mean=mean, var=var, y=y)
             return y
 
+        evaluate()
         return evaluated
 
-    forward = _Primitive(_TRAINING, x, eps, flags)
-    backward = _Primitive(_BACKWARD, x, eps, flags, forward)
-    workspace_bytes = forward.workspace_bytes()
+    def both():
+        forward = _Primitive(_TRAINING, x, eps, flags)
+        return forward, _Primitive(_BACKWARD, x, eps, flags, forward), forward.workspace_bytes()
+
+    train = _for_each_number_of_threads(both)
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight, bias):
+            run, _, workspace_bytes = train()
             y, mean, var = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
             workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
-            forward(x=x, weight=weight, bias=bias, y=y, mean=mean, var=var, workspace=workspace)
+            run(x=x, weight=weight, bias=bias, y=y, mean=mean, var=var, workspace=workspace)
             ctx.save_for_backward(x, weight, bias, mean, var, workspace)
             return y
 
@@ -148,7 +152,14 @@ def batch_norm_relu(x, weight, bias, eps, statistics=None):
             x, weight, bias, mean, var, workspace = ctx.saved_tensors
             dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
             given = {"x": x, "dy": dy, "weight": weight, "mean": mean, "var": var, "workspace": workspace}
-            backward(**given, bias=bias, dx=dx, dweight=dweight, dbias=dbias)
+            train()[1](**given, bias=bias, dx=dx, dweight=dweight, dbias=dbias)
             return dx, dweight, dbias
 
+    train()
     return lambda x: Function.apply(x, weight, bias)
+
+
+def _for_each_number_of_threads(make):
+    """``make()``, once for each number of PyTorch's threads: a primitive keeps the one it was made with."""
+    made = functools.cache(lambda threads: make())
+    return lambda: made(torch.get_num_threads())

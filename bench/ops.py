@@ -198,10 +198,10 @@ def make_rows(case, mode, timings, failures, threads=None):
 
     Times in seconds per call, ``floor_bytes`` what any implementation must move, ``gb_per_s`` those bytes over the
     median (1e9), ``copies`` and ``fresh_copies`` the median as a multiple of a copy of x into mapped and into fresh
-    memory, ``fraction`` the bandwidth ``gb_per_s`` as a part of the copy's, on a GPU of what a copy reaches forward and a sum of two tensors backward.
-    ``ratio`` the median of every other provider over this one's (above 1: this one is faster). A failed provider has
-    ``failure`` and no figures. Where several numbers of ``threads`` were measured, ``scaling`` is the time with the
-    fewest over this one.
+    memory, ``fraction`` the bandwidth ``gb_per_s`` as a part of the copy's (into mapped memory), on a GPU of what a
+    copy reaches forward and a sum of two tensors backward. ``ratio`` the median of every other provider over this one's
+    (above 1: this one is faster). A failed provider has ``failure`` and no figures. Where several numbers of
+    ``threads`` were measured, ``scaling`` is the time with the fewest over this one.
     """
     copy, fresh = timings.get("copy") or timings.get("copy_mapped"), timings.get("copy_fresh")
     peers = {name: found for name, found in timings.items() if name not in PLAIN}

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import math
+import mmap
 import random
 import statistics
 import time
@@ -179,11 +180,20 @@ def host_timers(layers, inputs, mode, synchronize=lambda: None, threads=None):
     return timers
 
 
+def fresh_like(x):
+    """A tensor of x's sizes and strides whose every page is new: malloc hands out old ones when it has them, so that
+    what a copy into them costs depends on what was freed before."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):  # not on Windows
+        return torch.empty_like(x)
+    memory = mmap.mmap(-1, x.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=x.dtype).as_strided(x.size(), x.stride())
+
+
 def copies(x, threads=None):
-    """Timers of a plain copy of ``x`` into fresh and into already mapped memory."""
+    """Timers of a plain copy of ``x`` into memory fresh from the system and into memory that is mapped already."""
     source = x.detach()
     mapped = torch.empty_like(source)
     return {
-        "copy_fresh": HostTimer(lambda: torch.empty_like(source).copy_(source), threads=threads),
+        "copy_fresh": HostTimer(lambda: fresh_like(source).copy_(source), threads=threads),
         "copy_mapped": HostTimer(lambda: mapped.copy_(source), threads=threads),
     }
