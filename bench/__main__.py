@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import sys
-import textwrap
 
 import torch
 
@@ -22,6 +21,13 @@ _EPILOG = f"""examples:
   {PROGRAM} demo --out out/demo                          two trainings side by side
 
 Ctrl-C ends a run and keeps what was measured; --resume goes on from there.
+"""
+_OPS_DESCRIPTION = """\
+Time single layers: PyTorch's own (eager), torch.compile of them, normfused, its Triton kernels where
+there is a GPU, and the peers that are installed. Every provider is checked against the formulas in
+float64 first; all are timed in turn, in one process, in shuffled rounds, by torch.utils.benchmark.
+On a GPU times are those of the kernels (replays of a CUDA graph over tensors four times as large as
+L2), but for mode host.
 """
 _OPS_EPILOG = f"""families:
 {chr(10).join(f"  {name:<18} {family.about}" for name, family in cases.FAMILIES.items())}
@@ -96,14 +102,7 @@ def _add_ops(commands):
     ours = commands.add_parser(
         "ops",
         help="time single layers",
-        description=textwrap.fill(
-            "Time single layers: PyTorch's own (eager), torch.compile of them, normfused, its Triton kernels where there "
-            "is a GPU, and the peers that are installed. Every provider is checked against the formulas in float64 "
-            "first; all are timed in turn, in one process, in shuffled rounds, by torch.utils.benchmark. On a GPU times "
-            "are those of the kernels (replays of a CUDA graph over tensors four times as large as L2), but for mode "
-            "host.",
-            100,
-        ),
+        description=_OPS_DESCRIPTION,
         epilog=_OPS_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -280,8 +280,8 @@ def failed_lines(rows):
 ROWS_LEGEND = (
     "Time per call: median ± half the interquartile range; what loses to the better of eager and compile is bold. GB/s "
     "counts the bytes of the floor (2 S forward, 3 S backward; S = bytes of x; a residual adds S to each) and is "
-    "normfused's; so are the copies, its time as a multiple of a plain copy of x (into mapped memory, and into pages fresh "
-    "from the system), and the part of the bandwidth of that copy (into mapped memory), on a GPU backward of "
+    "normfused's; so are the copies, its time as a multiple of a plain copy of x (into mapped memory, and into pages "
+    "fresh from the system), and the part of the bandwidth of that copy (into mapped memory), on a GPU backward of "
     "torch.add(x, dy, out=out). Scaling is normfused's time with the fewest threads over this one."
 )
 
