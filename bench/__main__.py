@@ -373,7 +373,7 @@ def main(arguments=None):
     if options.command == "gpu":
         from . import gpu  # this process loads no CUDA: its children have all of the GPU
 
-        return gpu.main(options, arguments)
+        return gpu.main(options, arguments, whole.error)
     if options.threads:
         torch.set_num_threads(max(options.threads) if options.command == "ops" else options.threads)
     if options.command == "ops":

@@ -1,6 +1,7 @@
 """Pictures of what was measured, where matplotlib is installed."""
 
 import importlib.util
+import statistics
 
 from . import report
 
@@ -74,9 +75,16 @@ def _roofline(plt, rows):
             if points and provider in _COLORS:
                 axis.scatter(*zip(*points, strict=True), s=14, label=provider, color=_COLORS[provider], zorder=2)
             elif points:
+                # Layers of one size copy the same: their median is the roof.
+                roof = {size: [] for size, _ in points}
+                for size, speed in points:
+                    roof[size].append(speed)
+                points = [(size, statistics.median(speeds)) for size, speeds in roof.items()]
                 style = ":" if provider == "copy_fresh" else "-"
                 axis.plot(*zip(*points, strict=True), style, color="black", lw=1, label=provider.replace("_", ", "))
         axis.set(xscale="log", xlabel="x, MB", title=mode, ylim=(0, None))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(fontsize=8)
