@@ -78,7 +78,7 @@ def test_the_installed_command_runs_without_a_checkout(wheel, tmp_path):
 def test_ctrl_c_keeps_what_was_measured_and_resuming_goes_on(command, tmp_path):
     options = {
         "ops": ["--batch", "1", "--shape", "8,4", "9,4", "10,4", "11,4", "12,4", *SMALL],
-        "memory": ["--batch", "1", "2", "3", "--size", "32", "--model", "mobilenet_v2", "--variant", "native"],
+        "memory": ["--batch", "2", "3", "4", "--size", "32", "--model", "mobilenet_v2", "--variant", "native"],
     }[command]
     arguments = [sys.executable, "-m", "bench", command, *options, "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -96,6 +96,7 @@ def test_ctrl_c_keeps_what_was_measured_and_resuming_goes_on(command, tmp_path):
     kept = json.loads(written.read_text())
     assert kept["environment"]["interrupted"]
     assert kept["rows"]
+    assert {row["failure"] for row in kept["rows"]} == {None}
 
     done = subprocess.run([*arguments, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
