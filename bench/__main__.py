@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from . import PROGRAM, cases, compare, model, model_memory, ops, page, providers, report
+from . import PROGRAM, allocator, cases, compare, model, model_memory, ops, page, providers, report
 
 _EPILOG = f"""examples:
   {PROGRAM} ops                                          MobileNetV2's layers against eager and torch.compile
@@ -160,6 +160,14 @@ def _add_ops(commands):
         choices=tuple(providers.PROVIDERS),
         metavar="PROVIDER",
         help="by name (below); default: eager, compile, normfused, on a GPU triton, and the peers that are installed",
+    )
+    ours.add_argument(
+        "--memory",
+        choices=tuple(allocator.ABOUT),
+        default="system",
+        help="of results on the CPU, for all providers alike. "
+        + "; ".join(f"{name}: {about}" for name, about in allocator.ABOUT.items())
+        + ". Default: system",
     )
     ours.add_argument("--seed", type=int, default=0, help="of the numbers and of the order; default: 0")
     ours.add_argument("--resume", action="store_true", help="measure only what FOLDER/ops.json does not have yet")
@@ -329,7 +337,11 @@ def run_ops(options, arguments, error):
         error("--device cuda: PyTorch finds no GPU here")
     if options.device == "cuda" and options.threads and len(options.threads) > 1:
         error("--threads: one number on a GPU, whose kernels do not depend on it")
-    where = report.environment(arguments, options.device)
+    try:
+        allocator.use(options.memory)
+    except ValueError as why:
+        error(f"--memory {options.memory}: {why}")
+    where = {**report.environment(arguments, options.device), "memory": options.memory}
     names = options.providers or providers.defaults(options.device)
     seconds = options.seconds or (4.0 if options.device == "cpu" else 0.5)
     try:

@@ -15,7 +15,7 @@ import torch
 
 import normfused
 
-from . import PROGRAM, onednn
+from . import PROGRAM, allocator, onednn
 from .ops import PLAIN
 from .providers import PROVIDERS
 
@@ -226,6 +226,8 @@ def conditions(where):
         "",
         _backend_sentence(where),
     ]
+    if where.get("memory") in ("fresh", "kept"):
+        lines += ["", f"Memory of results, `--memory {where['memory']}`: {allocator.ABOUT[where['memory']]}."]
     load = where["load_average"]
     if load and load[0] > 0.5:
         lines += ["", f"**Load average {load[0]:.1f} before the run: other programs took their share of the cores.**"]
@@ -391,8 +393,8 @@ def resumable(folder, where, name="ops"):
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error
-    same = ("commit", "device", "cpu", "threads", "torch")
-    changed = [name for name in same if earlier.get(name) != where[name]]
+    same = ("commit", "device", "cpu", "threads", "torch", "memory")
+    changed = [name for name in same if earlier.get(name) != where.get(name)]
     if (earlier.get("gpu") or {}).get("name") != (where["gpu"] or {}).get("name"):
         changed.append("gpu")
     if changed:

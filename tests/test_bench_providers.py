@@ -1,6 +1,10 @@
 """python -m bench ops: oneDNN as a peer, several numbers of threads, families with another activation."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +141,39 @@ def test_wrong_arguments_end_with_a_message(arguments, message, capsys):
         main(["ops", *arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+_FAULTS = """
+import resource, sys, torch
+from bench import allocator
+allocator.use(sys.argv[1])
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for size in (3, 40):
+    for _ in range(20):  # until malloc has been through the holes that imports left
+        before = faults()
+        torch.ones(size << 18)
+        found = faults() - before
+    print(found >= (size << 20) / resource.getpagesize() / 2)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+@pytest.mark.parametrize(("policy", "new_pages"), [("fresh", "True"), ("kept", "False")])
+def test_where_the_memory_of_results_comes_from(policy, new_pages):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", _FAULTS, policy]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == [new_pages] * 2
+
+
+def test_the_memory_of_results_is_a_condition_of_a_run(tmp_path, capsys):
+    arguments = ("--family", "tiny", "--providers", "eager")
+    content = run_ops(tmp_path, *arguments)
+    assert content["environment"]["memory"] == "system"
+    content["environment"]["memory"] = "kept"
+    (tmp_path / "ops.json").write_text(json.dumps(content))
+    assert "--memory kept" in report.markdown(content["rows"], content["environment"])
+    with pytest.raises(SystemExit):
+        run_ops(tmp_path, *arguments, "--resume")
+    assert "measured under other conditions (memory)" in capsys.readouterr().err
