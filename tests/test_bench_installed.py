@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ONE = ("--dtype", "float32", "--layout", "contiguous")
 SMALL = ("--seconds", "0.02", "--providers", "eager", "normfused")
 
 
@@ -77,7 +78,7 @@ def test_the_installed_command_runs_without_a_checkout(wheel, tmp_path):
 @pytest.mark.parametrize("command", ["ops", "memory"])
 def test_ctrl_c_keeps_what_was_measured_and_resuming_goes_on(command, tmp_path):
     options = {
-        "ops": ["--batch", "1", "--shape", "8,4", "9,4", "10,4", "11,4", "12,4", *SMALL],
+        "ops": ["--batch", "1", "--shape", "8,4", "9,4", "10,4", "11,4", "12,4", *SMALL, *ONE],
         "memory": ["--batch", "2", "3", "4", "--size", "32", "--model", "mobilenet_v2", "--variant", "native"],
     }[command]
     arguments = [sys.executable, "-m", "bench", command, *options, "--out", str(tmp_path)]
@@ -104,4 +105,4 @@ def test_ctrl_c_keeps_what_was_measured_and_resuming_goes_on(command, tmp_path):
     rows = content["rows"]
     assert "interrupted" not in content["environment"]
     assert [row for row in rows if row in kept["rows"]] == kept["rows"]
-    assert len(rows) == (5 * 2 * 2 * 2 * 4 if command == "ops" else 3) > len(kept["rows"])
+    assert len(rows) == (5 * 2 * 4 if command == "ops" else 3) > len(kept["rows"])
