@@ -3,7 +3,7 @@
 # make test    run the tests
 # make conformance  count what they prove, backend by backend: docs/conformance.md, docs/accuracy.md
 # make cuda    where nvcc is: install with the CUDA kernels into .venv-cuda, beside the models of other libraries
-# make lint    ruff and clang-format
+# make lint    ruff, mypy and clang-format
 # make bench   the microbenchmark of README.md
 # make gpu     on a machine with a GPU: build, tests, sanitizers, benchmarks; OUT=folder, MINUTES=8.7, PYTHON=python3
 
@@ -57,18 +57,19 @@ MINUTES ?= 8.7
 gpu:
 	$(PYTHON) -m bench gpu --out '$(OUT)' --minutes $(MINUTES)
 
-lint: $(BIN)/ruff
+lint: $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
-format: $(BIN)/ruff
+format: $(VENV)/linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-$(BIN)/ruff: $(VENV)/built
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt ruff clang-format
+$(VENV)/linters: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ruff clang-format mypy
 	touch $@
 
 clean:
