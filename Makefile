@@ -21,7 +21,7 @@ build: $(VENV)/built
 # What compiles comes first, by itself: the build uses the installed torch (no isolation), and runs ninja.
 $(VENV)/built: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel ninja pybind11
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--no-build-isolation --editable '.[test,demo]'
 	$(BIN)/python -m normfused
@@ -33,7 +33,7 @@ cuda: .venv-cuda/built
 .venv-cuda/built: $(CUDA_SOURCES)
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install --quiet --constraint constraints-cuda.txt torch torchvision timm transformers \
-		onnx onnxscript onnxruntime setuptools wheel ninja pybind11
+		onnx onnxscript onnxruntime setuptools wheel ninja
 	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" FORCE_CUDA=1 .venv-cuda/bin/python -m pip install --quiet \
 		--constraint constraints-cuda.txt --no-build-isolation '.[test]'
 	touch $@

@@ -21,7 +21,7 @@ def _load() -> str | None:
     try:
         from . import _C  # type: ignore[attr-defined]
     except ImportError:
-        cure = "install a C++ compiler (Debian: apt-get install g++) and reinstall normfused"
+        cure = "install a C++ compiler (Debian: apt-get install g++ python3-dev) and reinstall normfused"
         return f"the C++ core is not built; {cure}"
     BUILD.update(_C.build_info())
     (library,) = Path(__file__).parent.glob("_cpu*.so")
