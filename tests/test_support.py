@@ -180,6 +180,7 @@ def _table():
     """{(row, backend): cell} of README's support matrix."""
     lines = README.read_text().partition("## What is supported")[2].partition("\n## ")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    rows = [row for row in rows if len(row) == 1 + len(COLUMNS)]
     return {(row[0], name): cell for row in rows[2:] for name, cell in zip(COLUMNS, row[1:], strict=True)}
 
 
