@@ -30,7 +30,7 @@ def rows(text):
 
 
 def groups(text):
-    """{label: {peer: [ratio of each row]}} of forward+backward rows of layers as modules, in the order of the tables."""
+    """{label: {peer: [ratio of each row]}} of the forward+backward rows of modules, in the tables' order."""
     found = {}
     for row in rows(text):
         shape = row.get("N×C×H×W")
