@@ -37,7 +37,7 @@ def groups(text):
         if shape is None or row.get("mode") != "forward+backward" or row.get("form", "module") != "module":
             continue
         sizes = [int(size) for size in re.split("[×/]", shape)]
-        if math.prod(sizes[:4]) < 1000 or "ms" not in row["normfused"] + "µs":
+        if math.prod(sizes[:4]) < 1000:
             continue  # host time of tiny tensors
         family = {"batch_norm": "BatchNorm + ReLU6", "group_norm": "GroupNorm + SiLU"}[row["family"]]
         ratios = found.setdefault((family, row["dtype"], row["layout"]), {})
@@ -49,8 +49,7 @@ def groups(text):
 
 def conditions(text):
     """What the tables say of machine, date and torch."""
-    machine = re.search(r"^Two cores of [^.]*", text, re.MULTILINE)[0].replace("\n", " ")
-    return machine
+    return re.search(r"^Two cores of .*?\)[^.]*torch [\d.]+\d", text, re.MULTILINE | re.DOTALL)[0].replace("\n", " ")
 
 
 def draw(text):
@@ -64,7 +63,7 @@ def draw(text):
         share = (math.log(max(ratio, 0.5)) - low) / (high - low)
         return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
-    height = TOP + ROW * len(found) + 60
+    height = TOP + ROW * len(found) + 76
     font = 'font-family="system-ui, sans-serif"'
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" {font} font-size="13">',
@@ -97,11 +96,13 @@ def draw(text):
             )
             out += [f'<circle cx="{x(value)}" cy="{middle}" r="2.6" fill="{colour}"/>' for value in values]
             out.append(f'<text x="{LEFT - 8}" y="{middle + 4}" text-anchor="end" fill="#1b1f24">{mean:.2f}</text>')
-    shapes = ", ".join(sorted({str(len(next(iter(r.values())))) for r in found.values()}, key=int))
-    out.append(
-        f'<text x="20" y="{bottom + 44}" font-size="11" fill="#57606a">Bars: geometric means; points: every shape '
-        f"({shapes} a row), left of 1 × normfused is slower. {conditions(text)}. Logarithmic scale.</text>"
+    shapes = " or ".join(sorted({str(len(next(iter(r.values())))) for r in found.values()}, key=int))
+    caption = (
+        f"Bars: geometric means; points: each of {shapes} shapes; left of 1 × normfused is slower. Logarithmic scale.",
+        f"{conditions(text)}.",
     )
+    for i, line in enumerate(caption):
+        out.append(f'<text x="20" y="{bottom + 44 + 16 * i}" font-size="11" fill="#57606a">{line}</text>')
     return "\n".join([*out, "</svg>", ""])
 
 
