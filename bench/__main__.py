@@ -235,7 +235,7 @@ def _add_gpu(commands):
         help="build, test and measure on a machine with a GPU",
         description="What `make gpu` runs: builds the extension for the GPU at hand, runs the tests that need one, "
         "compute-sanitizer and the benchmarks, each with a time limit, the most important first. Status 1 where a part "
-        "that is about correctness failed. Needs python3 with torch, setuptools, pybind11, ninja, pytest and "
+        "that is about correctness failed. Needs python3 with torch, setuptools, ninja, pytest and "
         "hypothesis, and nvcc; no network.",
     )
     ours.add_argument(

@@ -34,6 +34,10 @@ def inputs(channels, spatial, channels_last, dtype):
     return x, residual, dy
 
 
+def channel(t, c):
+    return None if t is None else t[:, c : c + 1].double().contiguous()
+
+
 def run(x, residual, dy, weight, bias):
     leaves = [t.detach().clone().requires_grad_() for t in (x, residual, weight, bias) if t is not None]
     with_residual = leaves[1] if residual is not None else None
@@ -58,13 +62,10 @@ def test_equal_to_small_ones(case, dtype, with_residual):
     for what in ("y", "dx"):
         assert_memory_format(outputs[what], x)
     for c in torch.randperm(channels)[:4].tolist():
-
-        def channel(t):
-            return None if t is None else t[:, c : c + 1].double().contiguous()
-
-        expected = run(*map(channel, (x, residual, dy)), weight[c : c + 1].double(), bias[c : c + 1].double())
+        parameters = (t[c : c + 1].double() for t in (weight, bias))
+        expected = run(*(channel(t, c) for t in (x, residual, dy)), *parameters)
         for what, value in zip(outputs, expected, strict=False):
-            wrong = (channel(outputs[what]) - value).abs() > tolerance * (1 + value.abs())
+            wrong = (channel(outputs[what], c) - value).abs() > tolerance * (1 + value.abs())
             # A few z lie on the other side of a kink in float64.
             assert wrong.double().mean() <= 1e-3, (what, c)
 
