@@ -109,7 +109,7 @@ void for_each_strip(int64_t rows, int64_t strip, F f) {
   for (int64_t r = 0; r < rows; r += strip) f(r, minimum(strip, rows - r));
 }
 
-// How BatchNorm's second pass, the one that writes, goes over its tensors.
+// How the second pass, the one that writes, goes over its tensors.
 struct SecondPass {
   int64_t ahead;  // elements to what it asks for
   bool streams;   // past the caches
@@ -123,16 +123,27 @@ struct SecondPass {
 };
 
 // A task whose elements fit into half of L2 beside the next task's asks for those while it writes: memory is then read
-// and written at once. `tensors` are read; `all` counts those that are written too. What a call touches beyond a third
-// of the last cache would not stay there for whoever reads the output, so the output is streamed.
+// and written at once. `tensors` are read.
+template <class T>
+int64_t ahead_in_second_pass(int64_t tensors, int64_t task_elements, int64_t next_task, int64_t within) {
+  constexpr int64_t kPipelinedBytes = int64_t{1} << 19;
+  return 2 * tensors * task_elements * static_cast<int64_t>(sizeof(T)) <= kPipelinedBytes ? next_task : within;
+}
+
+// What a call touches beyond a third of the last cache would not stay there for whoever reads the output. `tensors` are
+// read or written.
+template <class T>
+bool streams_output(const Extent& e, int64_t tensors) {
+  return tensors * e.numel() * static_cast<int64_t>(sizeof(T)) > cpu::last_cache_bytes() / 3;
+}
+
+// BatchNorm's: `tensors` are read, `all` read or written.
 template <class T>
 SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int64_t all) {
-  constexpr int64_t kPipelinedBytes = int64_t{1} << 19;
-  const auto bytes = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)); };
   const auto ahead = [&](int64_t task_elements, int64_t next_task, int64_t within) {
-    return 2 * tensors * bytes(task_elements) <= kPipelinedBytes ? next_task : within;
+    return ahead_in_second_pass<T>(tensors, task_elements, next_task, within);
   };
-  const bool streams = all * bytes(e.numel()) > cpu::last_cache_bytes() / 3;
+  const bool streams = streams_output<T>(e, all);
   switch (p.path) {
     case Partition::Path::planes: {
       const int64_t within = ahead_in_planes<T>(e);
@@ -144,6 +155,15 @@ SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int
     case Partition::Path::split_columns: break;
   }
   return {ahead_in_rows<T>(p.cols), streams};
+}
+
+// GroupNorm's; a contiguous group follows the one before.
+template <class T>
+SecondPass second_pass(const GroupPartition& p, const Extent& e, int64_t groups, int64_t tensors, int64_t all) {
+  const bool streams = streams_output<T>(e, all);
+  if (p.channels_last) return {ahead_in_rows<T>(e.C), streams};
+  const int64_t within = kAheadBytes / sizeof(T), size = groups > 0 ? e.C / groups * e.S : 0;
+  return {p.split ? within : ahead_in_second_pass<T>(tensors, size, size, within), streams};
 }
 
 // f(destination) writes n <= kTile elements: those of `to`, or memory in L1 that is then streamed to it.
