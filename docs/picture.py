@@ -17,34 +17,34 @@ WIDTH, LEFT, RIGHT, TOP, ROW, BAR = 860, 250, 40, 64, 58, 20
 
 
 def rows(text):
-    """Every row of the tables that list measurements, as dicts by column."""
-    columns = None
+    """Every row of the tables that list measurements, as dicts by column, and the --memory of their command."""
+    columns, memory = None, None
     for line in text.splitlines():
+        if line.startswith("`python -m bench ops "):
+            memory = next(iter(re.findall(r"--memory (\w+)", line)), "system")
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else None
         if cells is None:
             columns = None
         elif columns is None:
             columns = cells
         elif len(cells) == len(columns) and not set(line) <= set("|-: "):
-            yield dict(zip(columns, cells, strict=True))
+            yield dict(zip(columns, cells, strict=True), memory=memory)
 
 
 def groups(text):
-    """{label: {peer: [ratio of each row]}} of the forward+backward rows of modules, in the tables' order."""
+    """{label: {peer: [ratio of each row]}} of the forward+backward rows of modules, those of one kind together."""
     found = {}
     for row in rows(text):
-        shape = row.get("N×C×H×W")
+        shape = row.get("shape")
         if shape is None or row.get("mode") != "forward+backward" or row.get("form", "module") != "module":
             continue
-        sizes = [int(size) for size in re.split("[×/]", shape)]
-        if math.prod(sizes[:4]) < 1000:
-            continue  # host time of tiny tensors
-        family = {"batch_norm": "BatchNorm + ReLU6", "group_norm": "GroupNorm + SiLU"}[row["family"]]
-        ratios = found.setdefault((family, row["dtype"], row["layout"]), {})
+        family = {"batch_norm": "BatchNorm + ReLU6", "group_norm": "GroupNorm"}[row["family"]]
+        label = f"{row['dtype']}, {row['layout']}, {row['memory']}"
+        ratios = found.setdefault((family, label), {})
         for column in PEERS:
             if row.get(column, "") not in ("", "-"):
                 ratios.setdefault(column, []).append(float(row[column]))
-    return found
+    return dict(sorted(found.items()))
 
 
 def conditions(text):
@@ -80,10 +80,10 @@ def draw(text):
         bold = ' stroke-width="2" stroke="#1b1f24"' if tick == 1 else ' stroke="#e3e6ea"'
         out.append(f'<line x1="{x(tick)}" x2="{x(tick)}" y1="{TOP}" y2="{bottom}"{bold}/>')
         out.append(f'<text x="{x(tick)}" y="{bottom + 18}" text-anchor="middle" fill="#57606a">{tick:g} ×</text>')
-    for i, ((family, dtype, layout), ratios) in enumerate(found.items()):
+    for i, ((family, label), ratios) in enumerate(found.items()):
         y = TOP + ROW * i + 8
         out.append(f'<text x="20" y="{y + 16}" fill="#1b1f24">{family}</text>')
-        out.append(f'<text x="20" y="{y + 34}" fill="#57606a">{dtype}, {layout}</text>')
+        out.append(f'<text x="20" y="{y + 34}" fill="#57606a">{label}</text>')
         for j, (column, (_, colour)) in enumerate(PEERS.items()):
             values = ratios.get(column, [])
             if not values:
