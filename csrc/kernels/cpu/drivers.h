@@ -2,7 +2,9 @@
 #pragma once
 
 #include "../dispatch.h"
+#include "last_cache.h"
 #include "moments.h"
+#include "partition.h"
 
 namespace normfused {
 namespace {
@@ -13,12 +15,14 @@ struct TileFunctions {
   using A = arithmetic_t<T>;
   template <class P>
   struct Elementwise {
-    void (*apply)(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t stride, const P&);
+    // `ahead` is where the elements are that are wanted next.
+    void (*apply)(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t stride, int64_t ahead,
+                  const P&);
     // dx in training (through the statistics) and in evaluation.
     void (*backward)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols, int64_t stride,
-                     const P&);
+                     int64_t ahead, const P&);
     void (*backward_frozen)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols,
-                            int64_t stride, const P&);
+                            int64_t stride, int64_t ahead, const P&);
     void (*residual_gradient)(const T* x, const T* dy, const T* residual, T* dresidual, int64_t rows, int64_t cols,
                               int64_t stride, const P&);
 
@@ -96,10 +100,50 @@ inline void add_partials(double* sums, int64_t tasks, int64_t n) {
   }
 }
 
+// How BatchNorm's second pass, the one that writes, goes over its tensors.
+struct SecondPass {
+  int64_t ahead;  // elements to what it asks for
+  bool streams;   // past the caches
+};
+
+// A task whose elements fit into half of L2 beside the next task's asks for those while it writes: memory is then read
+// and written at once. `tensors` are read; `all` counts those that are written too. What a call touches beyond a third
+// of the last cache would not stay there for whoever reads the output, so the output is streamed.
+template <class T>
+SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int64_t all) {
+  constexpr int64_t kPipelinedBytes = int64_t{1} << 19;
+  const auto bytes = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)); };
+  const auto ahead = [&](int64_t task_elements, int64_t next_task, int64_t within) {
+    return 2 * tensors * bytes(task_elements) <= kPipelinedBytes ? next_task : within;
+  };
+  const bool streams = all * bytes(e.numel()) > cpu::last_cache_bytes() / 3;
+  switch (p.path) {
+    case Partition::Path::planes: {
+      const int64_t within = ahead_in_planes<T>(e);
+      // Planes are gone through from the last to the first.
+      return {ahead(e.N * e.S, e.S, within < e.S ? within : -within), streams};
+    }
+    case Partition::Path::split_planes: return {ahead_in_planes<T>(e), streams};
+    case Partition::Path::columns: return {ahead(p.rows * p.panel, p.panel, ahead_in_rows<T>(p.cols)), streams};
+    case Partition::Path::split_columns: break;
+  }
+  return {ahead_in_rows<T>(p.cols), streams};
+}
+
+// f(destination) writes n <= kTile elements: those of `to`, or memory in L1 that is then streamed to it.
+template <class T, class F>
+void write(T* to, int64_t n, bool streams, F f) {
+  if (!streams) return f(to);
+  alignas(64) T staged[kTile];
+  f(staged);
+  stream(staged, to, n);
+}
+
 // Calls f(first row, rows) for strips of rows, short enough to stay in L2 between dx and dresidual.
+constexpr int64_t kStrip = 16384;
 template <class F>
 void for_each_strip(int64_t rows, int64_t cols, F f) {
-  const int64_t strip = maximum(16384 / cols, 1);
+  const int64_t strip = maximum(kStrip / cols, 1);
   for (int64_t r = 0; r < rows; r += strip) f(r, minimum(strip, rows - r));
 }
 
@@ -115,6 +159,7 @@ void for_each_task(ParallelFor parallel_for, int64_t tasks, int64_t work, F f) {
       tasks,
       [](int64_t begin, int64_t end, void* context) {
         for (int64_t task = begin; task < end; ++task) (*static_cast<F*>(context))(task);
+        flush();
       },
       &f);
 }

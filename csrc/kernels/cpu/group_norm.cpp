@@ -146,13 +146,13 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     if (this->small_planes()) {
       this->for_each_stretch(begin, end, parameters, [&](int64_t c, int64_t channels, const auto& p) {
         const int64_t at = (sample + c) * e_.S, cols = channels * e_.S;
-        this->functions_.columns.apply(x_ + at, nullptr, y_ + at, 1, cols, cols, p);
+        this->functions_.columns.apply(x_ + at, nullptr, y_ + at, 1, cols, cols, 0, p);
       });
       return;
     }
     for (int64_t c = begin; c < end; ++c) {
       const int64_t at = (sample + c) * e_.S;
-      this->functions_.plane.apply(x_ + at, nullptr, y_ + at, 1, e_.S, e_.S, parameters(c));
+      this->functions_.plane.apply(x_ + at, nullptr, y_ + at, 1, e_.S, e_.S, 0, parameters(c));
     }
   }
 
@@ -210,7 +210,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
       this->for_each_panel([&](int64_t c, int64_t cols) {
         for_each_strip(this->row_count(task), cols, [&](int64_t row, int64_t count) {
           const int64_t at = this->offset_of(task) + row * e_.C + c;
-          this->functions_.columns.apply(x_ + at, nullptr, y_ + at, count, cols, e_.C, p.from(c));
+          this->functions_.columns.apply(x_ + at, nullptr, y_ + at, count, cols, e_.C, 0, p.from(c));
         });
       });
     };
@@ -350,13 +350,13 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
     if (this->small_planes()) {
       this->for_each_stretch(begin, end, parameters, [&](int64_t first, int64_t channels, const auto& p) {
         const int64_t at = (n * e_.C + first) * e_.S, cols = channels * e_.S;
-        this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx_ + at, 1, cols, cols, p);
+        this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx_ + at, 1, cols, cols, 0, p);
       });
       return;
     }
     for (int64_t c = begin; c < end; ++c) {
       const int64_t at = (n * e_.C + c) * e_.S;
-      this->functions_.plane.backward(x_ + at, dy_ + at, nullptr, dx_ + at, 1, e_.S, e_.S, parameters(c));
+      this->functions_.plane.backward(x_ + at, dy_ + at, nullptr, dx_ + at, 1, e_.S, e_.S, 0, parameters(c));
     }
   }
 
@@ -393,7 +393,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       this->for_each_panel([&](int64_t c, int64_t cols) {
         for_each_strip(this->row_count(task), cols, [&](int64_t row, int64_t count) {
           const int64_t at = this->offset_of(task) + row * e_.C + c;
-          this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx_ + at, count, cols, e_.C, p.from(c));
+          this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx_ + at, count, cols, e_.C, 0, p.from(c));
         });
       });
     };

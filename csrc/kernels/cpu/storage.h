@@ -81,6 +81,23 @@ NORMFUSED_INLINE ShortVector narrow_half(Vector<float>) { return ShortVector{}; 
 constexpr bool kConvertsHalf = false;
 #endif
 
+// A cache line, 64 bytes, to an aligned address.
+#if NORMFUSED_VECTOR_BYTES == 64
+NORMFUSED_INLINE void stream_line(const void* from, void* to) {
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
+#elif NORMFUSED_VECTOR_BYTES == 32
+NORMFUSED_INLINE void stream_line(const void* from, void* to) {
+  for (int i = 0; i < 2; ++i)
+    _mm256_stream_si256(static_cast<__m256i*>(to) + i, _mm256_loadu_si256(static_cast<const __m256i*>(from) + i));
+}
+#elif defined(__SSE2__)
+NORMFUSED_INLINE void stream_line(const void* from, void* to) {
+  for (int i = 0; i < 4; ++i)
+    _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
+}
+#endif
+
 template <class Bits>
 NORMFUSED_INLINE Bits bit_load(const void* x) {
   Bits bits;
@@ -162,6 +179,29 @@ NORMFUSED_INLINE void store(T* y, V value) {
     const ShortVector bits = truncate(narrow<Vector<uint32_t>>(value, T{}));
     __builtin_memcpy(y, &bits, sizeof bits);
   }
+}
+
+// Copies past the caches: the lines of `to` are neither read before they are written nor kept. flush() has to follow
+// before another thread reads them.
+template <class T>
+void stream(const T* from, T* to, int64_t n) {
+#if defined(__SSE2__)
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t into = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T));
+  const int64_t head = into == 0 ? 0 : kLine - into < n ? kLine - into : n;
+  __builtin_memcpy(to, from, head * sizeof(T));
+  int64_t i = head;
+  for (; i + kLine <= n; i += kLine) stream_line(from + i, to + i);
+  __builtin_memcpy(to + i, from + i, (n - i) * sizeof(T));
+#else
+  __builtin_memcpy(to, from, n * sizeof(T));
+#endif
+}
+
+NORMFUSED_INLINE void flush() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // value as it would be read back after a store: what native's separate BatchNorm hands to the activation.
