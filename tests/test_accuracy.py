@@ -385,7 +385,7 @@ def test_a_nan_leaves_the_other_values_their_rule():
     with pytest.raises(AssertionError, match="dx"):
         check_sums(wrong, rounded, exact, size(terms), "dx")
     with pytest.raises(AssertionError, match="dx: inf"):
-        check_sums(rounded, rounded, torch.ones(2, dtype=torch.float64), size(terms), "dx")
+        check_sums(rounded, torch.ones(2), torch.ones(2, dtype=torch.float64), size(terms), "dx")
 
 
 @pytest.mark.parametrize("activation", [None, "hardswish"])
