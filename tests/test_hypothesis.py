@@ -182,6 +182,36 @@ def test_group_norm(backend, dtype, record_property):
     assert ran >= (8 if interpreted(backend) else 300)
 
 
+# What it found: the call, as it was printed, and what was wrong.
+FOUND = {
+    "the mean's rounding, through z and hardswish, in dbias": lambda dtype: batch_norm(
+        dtype, shape=(1, 31, 2), kind="mean/sigma 1e2", layout="contiguous", dy_layout="contiguous",
+        activation="hardswish", weight=False, bias=True, wide=False, seed=1, residual_layout=None, training=True,
+        tracks=False,
+    ),
+    "the mean's rounding, where the terms of dx cancel": lambda dtype: group_norm(
+        dtype, shape=(1, 1, 2), kind="mean/sigma 1e4", layout="contiguous", dy_layout="contiguous", activation=None,
+        weight=False, bias=False, wide=False, seed=606, groups=0,
+    ),
+    "an infinity in one channel, and the rule for the other": lambda dtype: batch_norm(
+        dtype, shape=(1, 2, 2), kind="one inf", layout="contiguous", dy_layout="contiguous", activation=None,
+        weight=False, bias=False, wide=False, seed=3, residual_layout=None, training=True, tracks=False,
+    ),
+    "an infinity in one group, and the rule for the other": lambda dtype: group_norm(
+        dtype, shape=(2, 1), kind="one inf", layout="contiguous", dy_layout="contiguous", activation=None,
+        weight=False, bias=False, wide=False, seed=0, groups=0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=names)
+@pytest.mark.parametrize("what", FOUND)
+def test_what_the_deep_profile_found(backend, what, dtype):
+    if backend == "torch":
+        pytest.skip("native's error is what the others are measured with")
+    FOUND[what](dtype)
+
+
 def test_a_failure_is_shrunk_and_printed_with_a_command():
     def wrong(dtype, shape, training):
         assert shape[1] < 33 or not training

@@ -327,6 +327,19 @@ def test_pytorch_185472_relu6_is_not_clamp_at_nan(backend, count):
     assert torch.equal(x.grad, torch.ones(count, 1))
 
 
+@pytest.mark.stricter_than_native("batch_norm may find a mean that is not the constant")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 64), (1, 3, 128), (128, 3), (2, 3, 4, 4), (16, 3, 1, 1)], ids=names)
+@formats
+def test_one_gradient_for_all_values_of_a_constant_channel_gives_exactly_0(backend, shape, dtype, channels_last):
+    """dz * scale - scale * mean(dz) keeps one product's rounding error, where the multiplication is fused."""
+    x = in_format(torch.full(shape, 3.14, dtype=dtype), channels_last).requires_grad_()
+    weight = randn(3, seed=1, dtype=dtype)
+    y = batch_norm_act(x, None, None, weight, training=True, activation=None)
+    (dx,) = torch.autograd.grad(y, x, torch.full(shape, 0.75, dtype=dtype))  # sums of which are exact
+    assert dx.eq(0).all(), dx
+
+
 # dtypes
 
 

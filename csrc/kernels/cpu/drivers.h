@@ -29,8 +29,9 @@ struct TileFunctions {
     template <class Act, bool kResidual>
     void set() {
       apply = apply_tile<Act, kResidual, T, P>;
-      backward = backward_tile<Act, kResidual, true, T, P>;
-      if constexpr (kWithResidual) backward_frozen = backward_tile<Act, kResidual, false, T, P>;
+      constexpr Statistics kStatistics = kWithResidual ? Statistics::batch : Statistics::group;
+      backward = backward_tile<Act, kResidual, kStatistics, T, P>;
+      if constexpr (kWithResidual) backward_frozen = backward_tile<Act, kResidual, Statistics::frozen, T, P>;
       if constexpr (kResidual) residual_gradient = residual_gradient_tile<Act, T, P>;
     }
   };

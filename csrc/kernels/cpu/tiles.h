@@ -22,9 +22,9 @@ inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool is_finite(double value) { return value - value == 0; }
 
-// z = (x - mean) * scale + bias; the gradient dx = dz * scale - outer * (offset + (x - mean) * slope). The factor
-// outer, which offset and slope share, stays outside: slope times it falls below the smallest float where x is about
-// 1e20.
+// z = (x - mean) * scale + bias; the gradient dx = dz * scale - outer * (offset + (x - mean) * slope), where
+// BatchNorm's outer is its scale. The factor outer, which offset and slope share, stays outside: slope times it falls
+// below the smallest float where x is about 1e20.
 template <class A>
 struct PlaneParameters {
   A mean, scale, bias, outer, offset, slope;
@@ -254,16 +254,22 @@ void column_gradient_moments(const T* __restrict x, const T* __restrict dy, cons
   }
 }
 
-// dx; kStatistics: also through the statistics of the batch or group.
-template <class Act, bool kResidual, bool kStatistics, class T, class P>
+// What dx goes through besides scale: nothing (evaluation), the statistics of a batch, or those of a group.
+enum class Statistics { frozen, batch, group };
+
+template <class Act, bool kResidual, Statistics kStatistics, class T, class P>
 void backward_tile(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, T* __restrict dx,
                    int64_t rows, int64_t cols, int64_t stride, int64_t ahead, const P& p) {
   for_each_element<T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
     using V = lane_type<decltype(q.mean)>;
     prefetch(x, i + ahead);
     prefetch(dy, i + ahead);
-    V g = gradient<Act, kResidual>(x, dy, residual, i, q) * q.scale;
-    if constexpr (kStatistics) g -= q.outer * (q.offset + (load<V>(x + i) - q.mean) * q.slope);
+    V g = gradient<Act, kResidual>(x, dy, residual, i, q);
+    const V through = q.offset + (load<V>(x + i) - q.mean) * q.slope;
+    // A batch: the difference first, so that a dz that is the same everywhere gives 0, not the products' rounding.
+    if constexpr (kStatistics == Statistics::batch) g -= through;
+    g *= q.scale;
+    if constexpr (kStatistics == Statistics::group) g -= q.outer * through;
     store(dx + i, g);
   });
 }
