@@ -1,11 +1,11 @@
-"""Command line: ``python -m bench ops``, ``model``, ``compare``, ``report``, ``gpu`` and ``demo``."""
+"""Command line: ``python -m bench ops``, ``model``, ``compare``, ``report``, ``gpu``, ``demo`` and ``experiment``."""
 
 import argparse
 import sys
 
 import torch
 
-from . import cases, compare, model, ops, page, providers, report
+from . import cases, compare, experiments, model, ops, page, providers, report
 
 _EPILOG = """examples:
   python -m bench ops                                          everything; torch.compile takes its time for each shape
@@ -18,6 +18,7 @@ _EPILOG = """examples:
   python -m bench report after/ops.json --out out/report.html  a page to look around in
   python -m bench gpu --out out/gpu                            all that needs a GPU
   python -m bench demo --out out/demo
+  python -m bench experiment placement                         five write-ups on normalisation, run on our layers
 """
 
 
@@ -70,6 +71,7 @@ def parser():
     _add_report(commands)
     _add_gpu(commands)
     _add_demo(commands)
+    experiments.add_command(commands)
     return whole
 
 
@@ -330,6 +332,8 @@ def main(arguments=None):
         return run_ops(options, arguments, whole.error)
     if options.command == "model":
         return model.main(options, arguments)
+    if options.command == "experiment":
+        return experiments.main(options, arguments, whole.error)
     from . import demo  # scikit-learn and matplotlib are needed by the demo alone
 
     return demo.main(options, arguments)

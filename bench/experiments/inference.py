@@ -1,0 +1,5 @@
+"""x"""
+
+
+def add_options(command, count, number):
+    pass
