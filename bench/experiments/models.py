@@ -30,7 +30,7 @@ class StridePad(nn.Module):
 
 
 class KerasMobileNetV2(nn.Module):
-    """(N, 3, H, W) images to (N, classes) logits: MobileNetV2 (Sandler et al. 2018) as Keras builds it, without dropout.
+    """(N, 3, H, W) images to (N, classes) logits: MobileNetV2 as Keras builds it, without dropout.
 
     Args:
         pair: makes what follows the stem, each expansion, each depthwise convolution and the head, from a number of
@@ -109,8 +109,8 @@ def check_mobilenet(model, is_pair, is_project):
                 padded += isinstance(before, StridePad) and after.padding == (0, 0)
     assert strided == padded == 4, f"{padded} of {strided} strided depthwise convolutions are padded, expected 4 of 4"
     return (
-        "Asserted: 35 norm/activation pairs (stem 1, expansions 16, depthwise 17, head 1), 17 projections; zero padding "
-        "before each of the 4 strided depthwise convolutions as in Keras."
+        "Asserted: 35 norm/activation pairs (stem 1, expansions 16, depthwise 17, head 1), 17 projections; zero "
+        "padding before each of the 4 strided depthwise convolutions as in Keras."
     )
 
 

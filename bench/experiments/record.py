@@ -15,7 +15,7 @@ from .. import report
 from ..demo import Progress
 
 # Options that do not change what a run computes; more seeds are more runs.
-_FREE = {"command", "experiment", "out", "resume", "threads", "seeds"}
+_FREE = {"command", "experiment", "out", "resume", "threads", "seeds", "speed_only"}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def add_options(command, count, number):
         "--lr",
         type=number,
         default=1.0,
-        help="learning rate; default: 1: L2 alone shrinks weights by exp(-2 lr 0.001 steps), and the steps here are few",
+        help="learning rate; default: 1: L2 alone shrinks weights by exp(-2 lr 0.001 steps), and steps are few here",
     )
 
 
@@ -140,11 +140,11 @@ def page(record, found):
     steps = record.where["steps"] * settings["epochs"]
     shrink = math.exp(-2 * settings["lr"] * L2 * steps)
     sentences = [
-        f"MobileNetV2 {settings['width']:g} on {settings['size']}×{settings['size']} images, batch {settings['batch']}, "
-        f"SGD without momentum, lr {settings['lr']:g}, {settings['epochs']} epochs of {record.where['steps']} steps; L2 "
-        f"is {L2} times the sum of squares of convolution and dense kernels and dense biases, a term of the loss, never "
-        "of BN's parameters; BN with Keras's settings (eps 1e-3, torch momentum 0.01); the same initial weights (Glorot) "
-        "and batches for all cases.",
+        f"MobileNetV2 {settings['width']:g} on {settings['size']}×{settings['size']} images, batch "
+        f"{settings['batch']}, SGD without momentum, lr {settings['lr']:g}, {settings['epochs']} epochs of "
+        f"{record.where['steps']} steps; L2 is {L2} times the sum of squares of convolution and dense kernels and "
+        "dense biases, a term of the loss, never of BN's parameters; BN with Keras's settings (eps 1e-3, torch "
+        "momentum 0.01); the same initial weights (Glorot) and batches for all cases.",
         f"Where no gradient but L2's arrives, weights shrink by exp(−2·lr·{L2}·steps) = {shrink:.3g} in {steps} steps.",
         f"{record.asserted} The network without BN has 35 ReLU6 and nothing after its 17 projections, asserted too.",
     ]
