@@ -30,13 +30,13 @@ CASES = {
 
 def add_options(command, count, number):
     """Add the options that are this experiment's own."""
-    command.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each case; default: 3")
+    command.add_argument("--seeds", type=count, default=2, metavar="N", help="runs of each case; default: 2")
     command.add_argument(
         "--epochs",
         type=count,
-        default=8,
+        default=6,
         metavar="N",
-        help="of the first training, and of each fine-tuning; default: 8",
+        help="of the first training, and of each fine-tuning; default: 6",
     )
     command.add_argument("--width", type=count, default=16, metavar="N", help="channels of the stem; default: 16")
     command.add_argument("--size", type=count, default=16, help="height = width of an image; default: 16")
@@ -251,10 +251,10 @@ def page(record, found):
     sentences = [
         f"A ResNet of three blocks ({settings['width']} channels in the stem) on {settings['size']}×{settings['size']} "
         f"images, trained on the first {half} classes, then fine-tuned on the other {rest} with a new classifier; "
-        f"batch {settings['batch']}, SGD (momentum {MOMENTUM}, lr {settings['lr']:g}), {settings['epochs']} epochs each, "
-        f"{settings['seeds']} seeds. Near-identical: {COPIES} copies of one held-out image with noise of {NOISE} "
-        f"standard deviations, {TRIED} images. Lost: running statistics are not in the checkpoint; the new network keeps mean 0 "
-        "and variance 1.",
+        f"batch {settings['batch']}, SGD (momentum {MOMENTUM}, lr {settings['lr']:g}), {settings['epochs']} epochs "
+        f"each, {settings['seeds']} seeds. Near-identical: {COPIES} copies of one held-out image with noise of {NOISE} "
+        f"standard deviations, {TRIED} images. Lost: running statistics are not in the checkpoint; the new network "
+        "keeps mean 0 and variance 1.",
         f"A strict `load_state_dict` refuses that checkpoint (asserted): `{refusal[:160]} …`. The failures below need "
         "`strict=False`.",
     ]

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from .. import report
 from ..demo import Progress
 
-# Options that do not change what a run computes; more seeds are more runs.
-_FREE = {"command", "experiment", "out", "resume", "threads", "seeds", "speed_only"}
+# Options that say nothing of the experiment, and those that do not change what a run computes: more seeds are more runs.
+_NOT_KEPT = {"command", "experiment", "out", "resume", "threads"}
+_FREE = {"seeds", "speed_only"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Record:
 
     def __init__(self, name, folder, options, where, resume=False):
         self.name, self.folder, self.where = name, Path(folder), where
-        self.settings = {key: value for key, value in vars(options).items() if key not in _FREE}
+        self.settings = {key: value for key, value in vars(options).items() if key not in _NOT_KEPT}
         # What a page says beside its tables: which counts were asserted.
         self.asserted = ""
         self.runs = {}
@@ -68,9 +69,9 @@ class Record:
         except (ValueError, KeyError, TypeError) as damaged:
             raise ValueError(f"{file} is not what `python -m bench experiment` wrote: {damaged}") from damaged
         settings = json.loads(json.dumps(self.settings))
-        different = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
-        if different:
-            key = different[0]
+        for key in {**found, **settings}:
+            if key in _FREE or found.get(key) == settings.get(key):
+                continue
             raise ValueError(f"{file} was made with --{key} {found.get(key)}, not {settings.get(key)}")
         for run, entry in self.runs.items():
             if (self._checkpoints / f"{run}.pt").exists():
