@@ -1,24 +1,48 @@
-"""Command line: ``python -m bench ops``, ``model``, ``compare``, ``report``, ``gpu``, ``demo`` and ``experiment``."""
+"""Command line: ``ops``, ``model``, ``memory``, ``compare``, ``report``, ``gpu``, ``demo`` and ``experiment``."""
 
 import argparse
+import dataclasses
 import sys
 
 import torch
 
-from . import cases, compare, experiments, model, ops, page, providers, report
+from . import PROGRAM, allocator, cases, compare, experiments, model, model_memory, ops, page, providers, report
 
-_EPILOG = """examples:
-  python -m bench ops                                          everything; torch.compile takes its time for each shape
-  python -m bench ops --family batch_norm --shape 96,56 --providers eager normfused
-  python -m bench ops --shape 32,96,112,112 --dtype bf16 --layout channels_last --groups 32 --activation silu
-  python -m bench ops --family tiny                            host time of one call
-  python -m bench ops --device cuda --batch 32 128 256         on a GPU
-  python -m bench model --layout channels_last                 a training step of MobileNetV2
-  python -m bench compare before/ops.json after/ops.json       status 1 where something became slower
-  python -m bench report after/ops.json --out out/report.html  a page to look around in
-  python -m bench gpu --out out/gpu                            all that needs a GPU
-  python -m bench demo --out out/demo
-  python -m bench experiment placement                         five write-ups on normalisation, run on our layers
+_EPILOG = f"""examples:
+  {PROGRAM} ops                                          MobileNetV2's layers against eager and torch.compile
+  {PROGRAM} ops --family batch_norm --shape 96,56 --providers eager normfused
+  {PROGRAM} ops --shape 32,96,112,112 --dtype bf16 --layout channels_last --groups 32 --activation silu
+  {PROGRAM} ops --family tiny                            host time of one call
+  {PROGRAM} ops --device cuda --batch 32 128 256         on a GPU
+  {PROGRAM} model --layout channels_last                 time of a training step of MobileNetV2
+  {PROGRAM} memory --model resnet50 --batch 8 16 32      its peak memory
+  {PROGRAM} compare before/ops.json after/ops.json       status 1 where something became slower
+  {PROGRAM} report out/bench/ops.json out/memory/memory.json --out out/report.html
+  {PROGRAM} demo --out out/demo                          two trainings side by side
+  {PROGRAM} experiment placement                         a write-up on normalisation, run on our layers
+
+Ctrl-C ends a run and keeps what was measured; --resume goes on from there.
+"""
+_OPS_DESCRIPTION = """\
+Time single layers: PyTorch's own (eager), torch.compile of them, normfused, its Triton kernels where
+there is a GPU, and the peers that are installed. Every provider is checked against the formulas in
+float64 first; all are timed in turn, in one process, in shuffled rounds, by torch.utils.benchmark.
+On a GPU times are those of the kernels (replays of a CUDA graph over tensors four times as large as
+L2), but for mode host.
+"""
+_OPS_EPILOG = f"""families:
+{chr(10).join(f"  {name:<18} {family.about}" for name, family in cases.FAMILIES.items())}
+
+providers:
+  eager, normfused   PyTorch's layers, and ours on the backend that serves them by default
+  compile            torch.compile of what eager runs; compile-max: with max-autotune
+  triton, path-*     ours on a GPU: the Triton kernels; the CUDA kernels on one path of their launch plan
+  onednn             BatchNorm + ReLU of Debian's libdnnl2, CPU; liger, inplace_abn, apex: those packages' layers
+
+examples:
+  {PROGRAM} ops --family batch_norm --layout channels_last --activation relu --providers eager onednn normfused
+  {PROGRAM} ops --family batch_norm --batch 1 2 --threads 1 2 --providers eager normfused    how it scales
+  {PROGRAM} ops --family work --providers eager normfused                                    cost against size
 """
 
 
@@ -59,14 +83,15 @@ def _activation(text):
 def parser():
     """The argument parser of ``python -m bench``."""
     whole = argparse.ArgumentParser(
-        prog="python -m bench",
-        description="Benchmarks of normfused against PyTorch, on the CPU and on a GPU.",
+        prog=PROGRAM,
+        description="Benchmarks of normfused against PyTorch, on the CPU and on a GPU. COMMAND --help says more.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = whole.add_subparsers(dest="command", required=True)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_ops(commands)
     _add_threads(model.add_command(commands, _positive))
+    _add_threads(model_memory.add_command(commands, _positive))
     _add_compare(commands)
     _add_report(commands)
     _add_gpu(commands)
@@ -79,18 +104,17 @@ def _add_ops(commands):
     ours = commands.add_parser(
         "ops",
         help="time single layers",
-        description="Time single layers: PyTorch's own (eager), torch.compile of them, normfused, its Triton kernels "
-        "where there is a GPU, and the peers that are installed. Every provider is checked against the formulas in "
-        "float64 first; all are timed in turn, in one process, in shuffled rounds. On a GPU times are those of the "
-        "kernels (replays of a CUDA graph over tensors four times as large as L2), but for mode host.",
+        description=_OPS_DESCRIPTION,
+        epilog=_OPS_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ours.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    families = "; ".join(f"{name}: {family.about}" for name, family in cases.FAMILIES.items())
     ours.add_argument(
         "--family",
         nargs="+",
         choices=(*cases.FAMILIES, "all"),
-        help=f"{families}. Default: {', '.join(cases.DEFAULT_FAMILIES['cpu'])} on the CPU, "
+        metavar="FAMILY",
+        help=f"layers, by name (below), or all. Default: {', '.join(cases.DEFAULT_FAMILIES['cpu'])} on the CPU, "
         f"{', '.join(cases.DEFAULT_FAMILIES['cuda'])} on a GPU; batch_norm where --shape C,HW is given",
     )
     ours.add_argument(
@@ -121,7 +145,9 @@ def _add_ops(commands):
     )
     ours.add_argument("--groups", type=_positive(int), metavar="G", help="GroupNorm of --shape N,C,H,W")
     ours.add_argument(
-        "--activation", choices=("none", *providers.ACTIVATIONS), help="of --shape N,C,H,W; default: relu6"
+        "--activation",
+        choices=("none", *providers.ACTIVATIONS),
+        help="default: relu6 for --shape N,C,H,W, else the family's own; not of the tiny family",
     )
     ours.add_argument("--residual", action="store_true", help="add a residual to --shape N,C,H,W, BatchNorm only")
     ours.add_argument(
@@ -134,16 +160,29 @@ def _add_ops(commands):
         "--providers",
         nargs="+",
         choices=tuple(providers.PROVIDERS),
-        help="default: eager, compile, normfused, on a GPU triton, and those of liger, inplace_abn, apex that are "
-        "installed; compile-max is torch.compile with max-autotune, path-* the CUDA kernels on one path of the "
-        "launch plan where it can serve a case",
+        metavar="PROVIDER",
+        help="by name (below); default: eager, compile, normfused, on a GPU triton, and the peers that are installed",
+    )
+    ours.add_argument(
+        "--memory",
+        choices=tuple(allocator.ABOUT),
+        default="system",
+        help="of results on the CPU, for all providers alike. "
+        + "; ".join(f"{name}: {about}" for name, about in allocator.ABOUT.items())
+        + ". Default: system",
     )
     ours.add_argument("--seed", type=int, default=0, help="of the numbers and of the order; default: 0")
     ours.add_argument("--resume", action="store_true", help="measure only what FOLDER/ops.json does not have yet")
     ours.add_argument(
         "--out", default="out/bench", metavar="FOLDER", help="for ops.md, ops.csv, ops.json; default: out/bench"
     )
-    _add_threads(ours)
+    ours.add_argument(
+        "--threads",
+        nargs="+",
+        type=_positive(int),
+        metavar="N",
+        help="default: PyTorch's own choice; several, on the CPU: each in the same rounds, to see how a layer scales",
+    )
 
 
 def _add_threads(command):
@@ -182,10 +221,13 @@ def _add_report(commands):
     ours = commands.add_parser(
         "report",
         help="runs as one HTML page",
-        description="One self-contained HTML page of files that `ops` and `gpu` wrote: bandwidth against size, bars "
-        "for each layer, a table to sort and to filter, the environment.",
+        description="One self-contained HTML page of files that `ops`, `model`, `memory` and `gpu` wrote: bandwidth "
+        "against size and the roof of a copy, bars for each layer, memory of training steps, tables to sort and to "
+        "filter, the environment; beside it the pictures as PNG and SVG where matplotlib is installed.",
     )
-    ours.add_argument("runs", nargs="+", metavar="JSON", help="ops.json, or report.json of `gpu`")
+    ours.add_argument(
+        "runs", nargs="+", metavar="JSON", help="ops.json, model.json, memory.json, or report.json of `gpu`"
+    )
     ours.add_argument("--out", default="out/report.html", metavar="FILE", help="default: out/report.html")
 
 
@@ -195,7 +237,7 @@ def _add_gpu(commands):
         help="build, test and measure on a machine with a GPU",
         description="What `make gpu` runs: builds the extension for the GPU at hand, runs the tests that need one, "
         "compute-sanitizer and the benchmarks, each with a time limit, the most important first. Status 1 where a part "
-        "that is about correctness failed. Needs python3 with torch, setuptools, pybind11, ninja, pytest and "
+        "that is about correctness failed. Needs python3 with torch, setuptools, ninja, pytest and "
         "hypothesis, and nvcc; no network.",
     )
     ours.add_argument(
@@ -247,8 +289,8 @@ def _selection(options, modes, error):
     layers = [shape for shape in options.shape or () if len(shape) == 2]
     if full and (layers or options.family or options.batch):
         error("--shape N,C,H,W does not go with --shape C,HW, --family or --batch")
-    if not full and (options.groups or options.activation or options.residual):
-        error("--groups, --activation and --residual need --shape N,C,H,W")
+    if not full and (options.groups or options.residual):
+        error("--groups and --residual need --shape N,C,H,W")
     if full:
         if options.groups and options.residual:
             error("--residual is BatchNorm's: GroupNorm takes none")
@@ -271,6 +313,10 @@ def _selection(options, modes, error):
                 if channels % groups:
                     error(f"--shape: {channels} channels do not divide into {groups} groups")
         selected = cases.select(families, options.batch, options.dtype, options.layout, options.device, layers)
+        if options.activation is not None:
+            if "tiny" in families:
+                error("--activation does not apply to the tiny family, whose only one is relu6")
+            selected = [dataclasses.replace(case, activation=_activation(options.activation)) for case in selected]
     selected = [case for case in selected if cases.modes_of(case, modes)]
     if not selected:
         error("no case is left: the tiny family is float32, contiguous and mode host only")
@@ -278,7 +324,7 @@ def _selection(options, modes, error):
 
 
 def select(arguments):
-    """(cases, modes) that ``arguments`` of ``python -m bench ops`` name."""
+    """(cases, modes) that ``arguments`` of ``ops`` name."""
     whole = parser()
     options = whole.parse_args(arguments)
     modes = options.mode or cases.DEFAULT_MODES[options.device]
@@ -286,12 +332,18 @@ def select(arguments):
 
 
 def run_ops(options, arguments, error):
-    """``python -m bench ops``; returns the exit status."""
+    """The subcommand ``ops``; returns the exit status."""
     modes = options.mode or cases.DEFAULT_MODES[options.device]
     selected = _selection(options, modes, error)
     if options.device == "cuda" and not torch.cuda.is_available():
         error("--device cuda: PyTorch finds no GPU here")
-    where = report.environment(arguments, options.device)
+    if options.device == "cuda" and options.threads and len(options.threads) > 1:
+        error("--threads: one number on a GPU, whose kernels do not depend on it")
+    try:
+        allocator.use(options.memory)
+    except ValueError as why:
+        error(f"--memory {options.memory}: {why}")
+    where = {**report.environment(arguments, options.device), "memory": options.memory}
     names = options.providers or providers.defaults(options.device)
     seconds = options.seconds or (4.0 if options.device == "cpu" else 0.5)
     try:
@@ -303,7 +355,17 @@ def run_ops(options, arguments, error):
         return report.write(rows, where, options.out)
 
     try:
-        ops.run(selected, modes, names, seconds, rows, device=options.device, seed=options.seed, finished=write)
+        ops.run(
+            selected,
+            modes,
+            names,
+            seconds,
+            rows,
+            device=options.device,
+            threads=options.threads,
+            seed=options.seed,
+            finished=write,
+        )
     except KeyboardInterrupt:
         where["interrupted"] = True
         print("\ninterrupted: writing what was measured", file=sys.stderr)
@@ -325,13 +387,13 @@ def main(arguments=None):
     if options.command == "gpu":
         from . import gpu  # this process loads no CUDA: its children have all of the GPU
 
-        return gpu.main(options, arguments)
+        return gpu.main(options, arguments, whole.error)
     if options.threads:
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(max(options.threads) if options.command == "ops" else options.threads)
     if options.command == "ops":
         return run_ops(options, arguments, whole.error)
-    if options.command == "model":
-        return model.main(options, arguments)
+    if options.command in ("model", "memory"):
+        return (model if options.command == "model" else model_memory).main(options, arguments, whole.error)
     if options.command == "experiment":
         return experiments.main(options, arguments, whole.error)
     from . import demo  # scikit-learn and matplotlib are needed by the demo alone

@@ -72,6 +72,12 @@ FAMILIES = {
         "silu",
         GROUPS,
     ),
+    "work": Family(
+        "BatchNorm + ReLU6 of 8 MB to 800 MB (in float32): whether the cost of a byte grows",
+        ((96, 56),),
+        (7, 21, 66, 208, 664),
+        "relu6",
+    ),
     "tiny": Family("host time of a call", (), (), "relu6"),
 }
 DEFAULT_FAMILIES = {

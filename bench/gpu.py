@@ -394,8 +394,10 @@ def _interrupt(*_):
     raise KeyboardInterrupt
 
 
-def main(options, arguments):
+def main(options, arguments, error):
     """``python -m bench gpu``; status 1 where a part that is about correctness failed."""
+    if not (ROOT / "setup.py").exists():
+        error("it needs a checkout, which it builds and tests: run python -m bench gpu in one")
     run = Run(options.out, options.device, options.minutes)
     # Ended by whoever started us: as by Ctrl-C, so that children end and the report is whole.
     before = signal.signal(signal.SIGTERM, _interrupt)

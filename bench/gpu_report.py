@@ -62,7 +62,7 @@ class Report:
 
     def paths(self):
         """The files of the report."""
-        names = ("report.md", "report.json", "report.csv", "log.txt", *plots.NAMES)
+        names = ("report.md", "report.json", "report.csv", "log.txt", *(f"{name}.png" for name in plots.NAMES))
         return [path for name in names if (path := self.out / name).exists()]
 
     def summary(self):

@@ -13,6 +13,9 @@ from torch import nn
 
 import normfused
 
+from . import cases
+from . import onednn as onednn_library
+
 EPS = 1e-5
 MOMENTUM = 0.1
 
@@ -223,6 +226,20 @@ def apex(case, device, training):
     return Layer(norm, (norm.weight, norm.bias))
 
 
+def onednn(case, device, training):
+    """oneDNN's BatchNorm with its ReLU fused, of Debian's libdnnl2 (https://github.com/uxlfoundation/oneDNN)."""
+    if torch.device(device).type != "cpu" or case.dtype not in ("float32", "bfloat16"):
+        raise Unavailable("oneDNN's BatchNorm is measured on the CPU, in float32 and bfloat16")
+    norm = _prepare(nn.BatchNorm2d(case.shape[1], eps=EPS), case, device, training)
+    x = torch.empty(case.shape, dtype=cases.DTYPES[case.dtype], memory_format=cases.memory_format(case))
+    fixed = None if training else (norm.running_mean, norm.running_var)
+    try:
+        run = onednn_library.batch_norm_relu(x, norm.weight, norm.bias, EPS, fixed)
+    except OSError as error:
+        raise Unavailable(f"oneDNN 2 is not installed (Debian: apt-get install libdnnl2): {error}") from error
+    return Layer(run, (norm.weight, norm.bias))
+
+
 # Whose ratios are reported comes last.
 PROVIDERS = {
     "eager": eager,
@@ -231,6 +248,7 @@ PROVIDERS = {
     "liger": liger,
     "inplace_abn": inplace_abn,
     "apex": apex,
+    "onednn": onednn,
     "triton": triton,
     **{f"path-{path}": functools.partial(on_path, path=path) for path in LAUNCH_PATHS},
     "normfused": fused,
@@ -245,12 +263,14 @@ _BATCH_NORM_ONLY = ("inplace_abn",)
 def defaults(device_type):
     """Names of the providers that take part unless others are asked for: peers where they are installed."""
     found = [name for name, package in _PACKAGES.items() if importlib.util.find_spec(package) is not None]
-    on_gpu = ["triton"] * (device_type != "cpu")
-    return [name for name in PROVIDERS if name in ("eager", "compile", "normfused", *found, *on_gpu)]
+    own = ["triton"] if device_type != "cpu" else ["onednn"] if onednn_library.version() else []
+    return [name for name in PROVIDERS if name in ("eager", "compile", "normfused", *found, *own)]
 
 
 def applies(name, case):
     """Whether a provider has the layer of a case at all."""
+    if name == "onednn":
+        return (case.groups, case.activation, case.residual, case.form) == (None, "relu", False, "module")
     if (case.groups is None and name in _GROUP_NORM_ONLY) or (case.form == "functional" and name in _PACKAGES):
         return False
     return case.groups is None or name not in _BATCH_NORM_ONLY

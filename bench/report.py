@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import importlib.metadata
 import json
 import math
 import os
@@ -14,22 +15,25 @@ import torch
 
 import normfused
 
+from . import PROGRAM, allocator, onednn
 from .ops import PLAIN
 from .providers import PROVIDERS
 
 OURS = "normfused"
 PEERS = ("eager", "compile")
 _COLUMNS = (
-    "family form layer shape dtype layout mode provider "
-    "median_s q25_s q75_s rounds repeats buffers floor_bytes gb_per_s copies fraction loses_to"
+    "family form layer shape dtype layout mode threads provider "
+    "median_s q25_s q75_s rounds repeats buffers floor_bytes gb_per_s copies fresh_copies fraction scaling loses_to"
 ).split()
+# Whose versions are told where they are installed.
+_PACKAGES = ("triton", "liger-kernel", "inplace-abn", "apex", "numpy")
 
 
 def environment(arguments, device="cpu"):
-    """Where and how a run was made; ``arguments`` are those after ``python -m bench``."""
+    """Where and how a run was made; ``arguments`` are those after the program's name."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "bench", *arguments]),
+        "command": shlex.join([*PROGRAM.split(), *arguments]),
         "commit": _commit(),
         "device": device,
         "gpu": None if device == "cpu" else gpu(device),
@@ -40,6 +44,7 @@ def environment(arguments, device="cpu"):
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": _versions(),
         "normfused": normfused.info(),
     }
 
@@ -70,10 +75,25 @@ def _first_line(command, **options):
     return answer.stdout.strip().split("\n")[0]
 
 
+def _versions():
+    found = {"onednn": onednn.version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return {name: version for name, version in found.items() if version is not None}
+
+
 def _commit():
-    """The commit of the working tree, with "-dirty" where it was changed; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return _first_line(command, cwd=Path(__file__).parent)
+    """The commit of the working tree, with "-dirty" where it was changed; None outside one.
+
+    A package that is installed into a folder of some working tree is not part of it.
+    """
+    here = Path(__file__)
+    if _first_line(["git", "ls-files", "--error-unmatch", here.name], cwd=here.parent) is None:
+        return None
+    return _first_line(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=here.parent)
 
 
 def _cpu_model():
@@ -88,8 +108,8 @@ def _cpu_model():
 
 def key(row):
     """What identifies a measurement, whoever the provider."""
-    names = ("family", "form", "layer", "shape", "dtype", "layout", "mode")
-    return tuple(tuple(row[name]) if name == "shape" else row[name] for name in names)
+    names = ("family", "form", "layer", "shape", "dtype", "layout", "mode", "threads")
+    return tuple(tuple(row[name]) if name == "shape" else row.get(name) for name in names)
 
 
 def by_case(rows):
@@ -98,6 +118,11 @@ def by_case(rows):
     for row in rows:
         table.setdefault(key(row), {})[row["provider"]] = row
     return table
+
+
+def scales(rows):
+    """Whether several numbers of threads were measured against each other."""
+    return any(row.get("scaling") is not None for row in rows)
 
 
 def _ran(row, provider=OURS):
@@ -111,24 +136,25 @@ def geometric_mean(values):
 
 
 def geometric_means(rows):
-    """Geometric means of peer's time / normfused's per (family, form, layout, dtype, mode).
+    """Geometric means of peer's time / normfused's per (family, form, layout, dtype, mode, threads).
 
     Returns:
-        A list of {"family", "form", "layout", "dtype", "mode", "cases", "fraction", one per peer}; a mean is None where
-        that peer was not measured.
+        A list of {"family", "form", "layout", "dtype", "mode", "threads", "cases", "fraction", "scaling", one per
+        peer}; a mean is None where that was not measured.
     """
-    names = ("family", "form", "layout", "dtype", "mode")
+    names = ("family", "form", "layout", "dtype", "mode", "threads")
     groups = {}
     for row in rows:
         if _ran(row):
-            groups.setdefault(tuple(row[name] for name in names), []).append(row)
+            groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
     peers = _peers(rows)
     means = []
     for values, ours in groups.items():
         mean = dict(zip(names, values, strict=True), cases=len(ours))
         for peer in peers:
             mean[peer] = geometric_mean(row["ratio"][peer] for row in ours if peer in row["ratio"])
-        mean["fraction"] = geometric_mean(row["fraction"] for row in ours if row.get("fraction"))
+        for name in ("fraction", "scaling"):
+            mean[name] = geometric_mean(row[name] for row in ours if row.get(name))
         means.append(mean)
     return means
 
@@ -171,9 +197,9 @@ def size(row):
 
 def label(row):
     """A measurement in one line."""
-    return " ".join(
-        [row["family"], row["form"], row["layer"], size(row), row["dtype"], row["layout"], row["mode"]],
-    )
+    threads = f"threads={row['threads']}" if row.get("scaling") is not None else ""
+    parts = [row["family"], row["form"], row["layer"], size(row), row["dtype"], row["layout"], row["mode"], threads]
+    return " ".join(filter(None, parts))
 
 
 def table(header, lines):
@@ -200,6 +226,8 @@ def conditions(where):
         "",
         _backend_sentence(where),
     ]
+    if where.get("memory") in ("fresh", "kept"):
+        lines += ["", f"Memory of results, `--memory {where['memory']}`: {allocator.ABOUT[where['memory']]}."]
     load = where["load_average"]
     if load and load[0] > 0.5:
         lines += ["", f"**Load average {load[0]:.1f} before the run: other programs took their share of the cores.**"]
@@ -220,13 +248,14 @@ def markdown(rows, where):
 
 def means_table(rows):
     """geometric_means as a Markdown table."""
-    peers = _peers(rows)
-    header = ["family", "form", "layout", "dtype", "mode", "cases"]
+    peers, scaled = _peers(rows), scales(rows)
+    header = ["family", "form", "layout", "dtype", "mode", *["threads"] * scaled, "cases"]
+    numbers = [*peers, "fraction", *["scaling"] * scaled]
     means = [
-        [*(mean[name] for name in header), *(_number(mean[peer]) for peer in peers), _number(mean["fraction"])]
-        for mean in geometric_means(rows)
+        [*(mean[name] for name in header), *(_number(mean[name]) for name in numbers)] for mean in geometric_means(rows)
     ]
-    return table([*header, *(f"{peer}/normfused" for peer in peers), "of copy"], means)
+    titles = [*(f"{peer}/normfused" for peer in peers), "of copy", *["scaling"] * scaled]
+    return table([*header, *titles], means)
 
 
 def losing_lines(rows):
@@ -251,39 +280,42 @@ def failed_lines(rows):
 
 
 ROWS_LEGEND = (
-    "Time per call: median ± half the interquartile range; what loses to the better of eager and compile is bold. "
-    "GB/s counts the bytes of the floor (2 S forward, 3 S backward; S = bytes of x; a residual adds S to each) and "
-    "is normfused's; so are the copies, its time as a multiple of a plain copy of x (into mapped memory), and the "
-    "part of the bandwidth of that copy, on a GPU backward of torch.add(x, dy, out=out)."
+    "Time per call: median ± half the interquartile range; what loses to the better of eager and compile is bold. GB/s "
+    "counts the bytes of the floor (2 S forward, 3 S backward; S = bytes of x; a residual adds S to each) and is "
+    "normfused's; so are the copies, its time as a multiple of a plain copy of x (into mapped memory, and into pages "
+    "fresh from the system), and the part of the bandwidth of that copy (into mapped memory), on a GPU backward of "
+    "torch.add(x, dy, out=out). Scaling is normfused's time with the fewest threads over this one."
 )
 
 
 def rows_table(rows):
     """Every case as a line of a Markdown table."""
-    peers = _peers(rows)
+    peers, scaled = _peers(rows), scales(rows)
     columns = [*peers, OURS]
     plain = [name for name in PLAIN if any(row["provider"] == name for row in rows)]
     header = [
-        *("family", "form", "layer", "shape", "dtype", "layout", "mode"),
-        *(*columns, *(f"{peer}/normfused" for peer in peers), "GB/s", "copies", "of copy"),
+        *("family", "form", "layer", "shape", "dtype", "layout", "mode", *["threads", "scaling"] * scaled),
+        *(*columns, *(f"{peer}/normfused" for peer in peers), "GB/s", "copies", "fresh copies", "of copy"),
         *(name.replace("_", ", ") for name in plain),
     ]
     slow = {key(row) for _, _, row in losing(rows)}
-    return table(header, [_line(found, peers, plain, slow) for found in by_case(rows).values()])
+    return table(header, [_line(found, peers, plain, slow, scaled) for found in by_case(rows).values()])
 
 
-def _line(found, peers, plain, slow):
+def _line(found, peers, plain, slow, scaled):
     row = next(iter(found.values()))
     ours = found.get(OURS, {})
     ratio = ours.get("ratio", {})
     emphasis = "**" if key(row) in slow else ""
     return [
         *(row["family"], row["form"], row["layer"], size(row), row["dtype"], row["layout"], row["mode"]),
+        *([row["threads"], _number(ours.get("scaling"))] if scaled else []),
         *(_time(found.get(name)) for name in peers),
         f"{emphasis}{_time(found.get(OURS))}{emphasis}",
         *(_number(ratio.get(peer)) for peer in peers),
         _number(ours.get("gb_per_s"), 1),
         _number(ours.get("copies"), 1),
+        _number(ours.get("fresh_copies"), 1),
         _number(ours.get("fraction")),
         *(_time(found.get(name)) for name in plain),
     ]
@@ -347,23 +379,24 @@ def write_csv(rows, path):
             out.writerow([*(cells.get(c) for c in _COLUMNS), *(ratio.get(p) for p in PROVIDERS), row["failure"]])
 
 
-def resumable(folder, where):
+def resumable(folder, where, name="ops"):
     """The rows of an earlier run into ``folder``, none where there was none.
 
     Raises:
         ValueError: they cannot be read, or were measured elsewhere or of another commit.
     """
-    path = Path(folder) / "ops.json"
+    path = Path(folder) / f"{name}.json"
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        earlier, rows = content["environment"], content["rows"]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    same = ("commit", "device", "cpu", "threads", "torch")
-    changed = [name for name in same if earlier["environment"].get(name) != where[name]]
-    if (earlier["environment"].get("gpu") or {}).get("name") != (where["gpu"] or {}).get("name"):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
+    same = ("commit", "device", "cpu", "threads", "torch", "memory")
+    changed = [name for name in same if earlier.get(name) != where.get(name)]
+    if (earlier.get("gpu") or {}).get("name") != (where["gpu"] or {}).get("name"):
         changed.append("gpu")
     if changed:
         raise ValueError(f"{path} was measured under other conditions ({', '.join(changed)}): start anew without it")
-    return earlier["rows"]
+    return rows

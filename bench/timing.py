@@ -4,12 +4,14 @@ import contextlib
 import functools
 import gc
 import math
+import mmap
 import random
 import statistics
 import time
 from dataclasses import dataclass
 
 import torch
+from torch.utils import benchmark
 
 from . import providers
 
@@ -35,11 +37,34 @@ class Timing:
         return self.q75 - self.q25
 
 
-class HostTimer:
-    """Times ``function()`` by the host's clock, ``repeats`` calls to a block.
+class Stopwatch:
+    """A clock that stands still during what ``outside`` wraps."""
 
-    With a ``setup`` it is ``function(setup())``, and the setup is not timed. ``synchronize`` is called before and after
-    a block: what it waits for is not timed.
+    def __init__(self, clock):
+        self._clock, self._skipped = clock, 0.0
+
+    def __call__(self):
+        return self._clock() - self._skipped
+
+    def outside(self, function):
+        """``function``, not timed."""
+
+        def untimed():
+            start = self._clock()
+            result = function()
+            self._skipped += self._clock() - start
+            return result
+
+        return untimed
+
+
+class HostTimer:
+    """Times ``function()`` by torch.utils.benchmark.Timer on the host's clock: blocks of ``repeats`` calls, each after
+    calls of its own that warm up what another competitor left cold.
+
+    With a ``setup`` it is ``function(setup())``, and the setup is not timed. ``threads`` is PyTorch's number of them
+    during a block, its own choice by default. ``synchronize`` is called before and after a block: what it waits for is
+    not timed.
     """
 
     buffers = 1
@@ -49,12 +74,19 @@ class HostTimer:
         function,
         setup=None,
         *,
+        threads=None,
         context=contextlib.nullcontext,
         clock=time.perf_counter,
         synchronize=lambda: None,
     ):
-        self.function, self.setup, self.context = function, setup, context
-        self.clock, self.synchronize = clock, synchronize
+        watch = Stopwatch(clock)
+        self._timer = benchmark.Timer(
+            "function()" if setup is None else "function(setup())",
+            timer=watch,
+            globals={"function": function, "setup": setup and watch.outside(setup)},
+            num_threads=threads or torch.get_num_threads(),
+        )
+        self._context, self._synchronize = context, synchronize
         self.repeats = 1
 
     def warm_up(self):
@@ -67,27 +99,10 @@ class HostTimer:
 
     def block(self):
         """Seconds per call."""
-        with self.context():
-            self.synchronize()
-            seconds = self._calls() if self.setup is None else self._calls_after_setup()
-            self.synchronize()
-        return seconds / self.repeats
-
-    def _calls(self):
-        function, loop = self.function, range(self.repeats)
-        start = self.clock()
-        for _ in loop:
-            function()
-        return self.clock() - start
-
-    def _calls_after_setup(self):
-        seconds = 0.0
-        for _ in range(self.repeats):
-            state = self.setup()
-            start = self.clock()
-            result = self.function(state)
-            seconds += self.clock() - start
-            del state, result
+        with self._context():
+            self._synchronize()
+            seconds = self._timer.timeit(self.repeats).median
+            self._synchronize()
         return seconds
 
 
@@ -154,22 +169,31 @@ def mode_context(layer, mode):
         yield
 
 
-def host_timers(layers, inputs, mode, synchronize=lambda: None):
+def host_timers(layers, inputs, mode, synchronize=lambda: None, threads=None):
     """{name: HostTimer} of providers.Layer by name."""
     timers = {}
     for name, layer in layers.items():
         setup, function = providers.call(layer, inputs, "forward+backward" if mode == "host" else mode)
         # Nothing is entered where nothing is needed: the host's time for a call is compared to the microsecond.
         context = functools.partial(mode_context, layer, mode)
-        timers[name] = HostTimer(function, setup, context=context, synchronize=synchronize)
+        timers[name] = HostTimer(function, setup, threads=threads, context=context, synchronize=synchronize)
     return timers
 
 
-def copies(x):
-    """Timers of a plain copy of ``x`` into fresh and into already mapped memory."""
+def fresh_like(x):
+    """A tensor of x's sizes and strides whose every page is new: malloc hands out old ones when it has them, so that
+    what a copy into them costs depends on what was freed before."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):  # not on Windows
+        return torch.empty_like(x)
+    memory = mmap.mmap(-1, x.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=x.dtype).as_strided(x.size(), x.stride())
+
+
+def copies(x, threads=None):
+    """Timers of a plain copy of ``x`` into memory fresh from the system and into memory that is mapped already."""
     source = x.detach()
     mapped = torch.empty_like(source)
     return {
-        "copy_fresh": HostTimer(lambda: torch.empty_like(source).copy_(source)),
-        "copy_mapped": HostTimer(lambda: mapped.copy_(source)),
+        "copy_fresh": HostTimer(lambda: fresh_like(source).copy_(source), threads=threads),
+        "copy_mapped": HostTimer(lambda: mapped.copy_(source), threads=threads),
     }

@@ -8,6 +8,8 @@ What needs no gradient comes in one tuple: autograd's bookkeeping costs time for
 elsewhere); torch.compile knows only Function.apply.
 """
 
+from typing import Any
+
 import torch
 
 from . import reference
@@ -18,9 +20,17 @@ class BatchNormActFunction(torch.autograd.Function):
     """``y = activation(batch_norm(x) + residual)``; updates the running statistics it is given."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, options):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        options: tuple[Any, ...],
+    ) -> torch.Tensor:
         """options: (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
         pre_activation, backend)."""
+        y: torch.Tensor
         y, mean, invstd = OPERATORS[options[8]].batch_norm_act(x, weight, bias, residual, *options[:8])
         ctx.options = options[3:]
         # Without an activation the gradient does not depend on z, hence not on bias and residual.
@@ -32,8 +42,9 @@ class BatchNormActFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, residual = ctx.saved_tensors
+        ctx.recipe = None
         mean, invstd = ctx.statistics
         training, _, eps, activation, pre_activation, backend = ctx.options
         need_dx, need_dweight, need_dbias, need_dresidual, _ = ctx.needs_input_grad
@@ -73,16 +84,20 @@ class GroupNormActFunction(torch.autograd.Function):
     """``y = activation(group_norm(x))``."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, options):
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, options: tuple[Any, ...]
+    ) -> torch.Tensor:
         """options: (num_groups, eps, activation, backend)."""
+        y: torch.Tensor
         y, mean, rstd = OPERATORS[options[3]].group_norm_act(x, weight, bias, *options[:3])
         ctx.options = options
         ctx.save_for_backward(x, weight, None if options[2] is None else bias, mean, rstd)
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
+        ctx.recipe = None
         num_groups, eps, activation, backend = ctx.options
         need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():

@@ -7,6 +7,8 @@ import contextlib
 import importlib.util
 import platform
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -24,10 +26,10 @@ _decided: dict[str, str] = {}
 # By backend and device type: why use_backend cannot be honoured ("": it can).
 _refused: dict[tuple[str, str], str] = {}
 # The operators of "extension" and, once imported, "triton", by the names that they have in ops.py.
-OPERATORS = {"extension": ops}
+OPERATORS: dict[str, Any] = {"extension": ops}
 
 
-def choose(tensor) -> str:
+def choose(tensor: torch.Tensor) -> str:
     """The backend that serves ``tensor``; decided once per device type, overridden by use_backend."""
     if _override is not None:
         if why_not := _refusal(_override, tensor.device.type):
@@ -39,11 +41,11 @@ def choose(tensor) -> str:
     return _decision("cpu" if tensor.is_cpu else tensor.device.type)
 
 
-def _decision(device_type):
+def _decision(device_type: str) -> str:
     return _decided.get(device_type) or _decide(device_type)
 
 
-def _refusal(backend, device_type):
+def _refusal(backend: str, device_type: str) -> str:
     if (backend, device_type) not in _refused:
         why_not = {"extension": _why_not_extension, "triton": _why_not_triton}.get(backend, lambda _: None)
         _refused[backend, device_type] = why_not(device_type) or ""
@@ -52,10 +54,10 @@ def _refusal(backend, device_type):
 
 # Constants to torch.compile, which could neither trace the warning nor guard on the dictionaries that they are kept in:
 # all that torch.compiler.assume_constant_result does, but for importing torch._dynamo and triton (a second).
-_decision._dynamo_marked_constant = _refusal._dynamo_marked_constant = True
+_decision._dynamo_marked_constant = _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _decide(device_type):
+def _decide(device_type: str) -> str:
     backend, why_not = _preference(device_type)
     _decided[device_type] = backend
     if backend != "extension" and device_type != "meta":
@@ -64,7 +66,7 @@ def _decide(device_type):
     return backend
 
 
-def _preference(device_type):
+def _preference(device_type: str) -> tuple[str, str | None]:
     """(backend, why it is not the one before it) for a device type without use_backend."""
     why_not = _why_not_extension(device_type)
     if why_not is None:
@@ -79,7 +81,7 @@ def _preference(device_type):
     return "torch", f"{why_not}; {why_not_triton}"
 
 
-def _why_not_extension(device_type):
+def _why_not_extension(device_type: str) -> str | None:
     """Why the extension cannot serve a device type, with the cure; None if it can."""
     if not ops.LOADED:
         return ops.WHY_NOT
@@ -90,7 +92,7 @@ def _why_not_extension(device_type):
     return None
 
 
-def _why_not_gpus():
+def _why_not_gpus() -> str | None:
     """Why the CUDA kernels do not run on every GPU that torch sees; None if they do."""
     archs = _archs()
     for index in range(torch.cuda.device_count()):
@@ -106,11 +108,12 @@ def _why_not_gpus():
     return None
 
 
-def _archs():
-    return ops.BUILD.get("cuda_archs", "").split()
+def _archs() -> list[str]:
+    archs: str = ops.BUILD.get("cuda_archs", "")
+    return archs.split()
 
 
-def _runs_on(arch, major, minor):
+def _runs_on(arch: str, major: int, minor: int) -> bool:
     """Whether code for "sm_86" or "compute_80" runs on a GPU: the former on later ones of its generation, the latter,
     which is compiled on first use, on all later ones."""
     kind, _, number = arch.partition("_")
@@ -121,7 +124,7 @@ def _runs_on(arch, major, minor):
     return built <= (major, minor) and (kind == "compute" or built[0] == major)
 
 
-def _import_triton():
+def _import_triton() -> str | None:
     """Import Triton's operators; returns why that cannot be, with the cure, or None."""
     if "triton" in OPERATORS:
         return None
@@ -135,7 +138,7 @@ def _import_triton():
     return None
 
 
-def _why_not_triton(device_type):
+def _why_not_triton(device_type: str) -> str | None:
     """Why Triton cannot serve a device type, with the cure; None if it can."""
     why_not = _import_triton()
     if why_not is not None or device_type == "meta" or OPERATORS["triton"].INTERPRETED:
@@ -160,7 +163,7 @@ def _why_not_triton(device_type):
 
 
 @contextlib.contextmanager
-def use_backend(name):
+def use_backend(name: str) -> Iterator[None]:
     """Serve every fused layer in the block by one backend, in all threads.
 
     Args:
@@ -173,7 +176,7 @@ def use_backend(name):
     global _override
     if name not in BACKENDS:
         raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    why_not = {"extension": lambda: ops.WHY_NOT, "triton": _import_triton, "torch": lambda: None}[name]()
+    why_not: str | None = _import_triton() if name == "triton" else ops.WHY_NOT if name == "extension" else None
     if why_not is not None:
         raise RuntimeError(f'use_backend("{name}") cannot be honoured: {why_not}')
     previous, _override = _override, name
@@ -183,7 +186,7 @@ def use_backend(name):
         _override = previous
 
 
-def cuda_info():
+def cuda_info() -> dict[str, Any]:
     """{"built": whether CUDA kernels are part of this build, "version", "archs", "why_not": why they do not load}"""
     return {
         "built": bool(_archs()),
@@ -193,7 +196,7 @@ def cuda_info():
     }
 
 
-def _triton_info(devices, served):
+def _triton_info(devices: list[str], served: dict[str, str]) -> dict[str, Any]:
     """{"installed": version or None, "used": whether it serves a device here, "why_not": why it does not}"""
     try:
         import triton
@@ -211,7 +214,7 @@ def _triton_info(devices, served):
     return {"installed": installed, "used": used, "why_not": why_not}
 
 
-def info() -> dict:
+def info() -> dict[str, Any]:
     """What is built, what runs, and why.
 
     Returns:
@@ -220,8 +223,8 @@ def info() -> dict:
         "backend": {device type: name}}
     """
     devices = ["cpu"]
-    if torch.accelerator.is_available():
-        devices.append(torch.accelerator.current_accelerator().type)
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
+        devices.append(accelerator.type)
     served = {device: _override or _preference(device)[0] for device in devices}
     return {
         "version": __version__,

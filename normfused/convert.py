@@ -7,7 +7,8 @@ themselves only change class.
 
 import warnings
 from collections import Counter, defaultdict
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,7 +23,8 @@ from .convert_classes import (
     plain_class,
     why_not_convertible,
 )
-from .convert_proof import Use, what_follows
+from .convert_proof import Places, Use, what_follows
+from .convert_rewrite import Edit
 from .distributed import SyncBatchNormAct, unsynchronise
 from .modules import GroupNormAct
 
@@ -44,14 +46,14 @@ class FusedActivation(nn.Identity):
         num_norms: how many layers compute it.
     """
 
-    def __init__(self, original, num_norms):
+    def __init__(self, original: nn.Module, num_norms: int) -> None:
         super().__init__()
         # Not a registered child: modules() lists what it listed before.
         self.__dict__["original"] = original
         self.num_norms = num_norms
         self.training = original.training
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.original}, computed by the normalisation before it"
 
 
@@ -62,7 +64,7 @@ class _Origin(NamedTuple):
     residual: bool  # the parent's forward also added something first
 
 
-def convert(model, example_inputs=None, *, report=False):
+def convert(model: nn.Module, example_inputs: Any = None, *, report: bool | list[Site] = False) -> nn.Module:
     """Fuse every BatchNorm and GroupNorm of ``model`` with what provably follows it, in place.
 
     What follows may be an activation, as a module or a function, and for a BatchNorm the sum of a residual block before
@@ -98,8 +100,10 @@ def convert(model, example_inputs=None, *, report=False):
     ]
     uses = {norm: use if isinstance(use, Use) else Use() for norm, use in follows.items() if _changes(norm, use)}
     num_norms = Counter(use.module for use in uses.values() if use.module is not None)
-    fused = {activation: FusedActivation(activation, n) for activation, n in num_norms.items()}
-    edits = defaultdict(set)
+    fused: dict[Any, FusedActivation] = {
+        activation: FusedActivation(activation, n) for activation, n in num_norms.items()
+    }
+    edits: dict[Any, set[Edit]] = defaultdict(set)
     for norm, use in uses.items():
         _fuse(norm, use, fused.get(use.module))
         if use.edits:
@@ -111,7 +115,7 @@ def convert(model, example_inputs=None, *, report=False):
     return model
 
 
-def revert(model):
+def revert(model: nn.Module) -> nn.Module:
     """Turn the fused layers of ``model`` back into torch.nn's, in place; after convert, exactly what it was.
 
     A layer whose activation convert did not fuse (built as BatchNormAct2d, say) becomes an
@@ -142,13 +146,13 @@ def revert(model):
     in_forward = {norm for module in rewritten for norm in convert_rewrite.deferred_layers(module)}
     num_norms = Counter(origin.module for norm in norms if (origin := vars(norm).get("fused_from")) is not None)
     # An activation comes back once every layer that computes it is here to stop doing so.
-    replaced = {
-        module: module.original.train(module.training)
+    replaced: dict[nn.Module, Any] = {
+        module: vars(module)["original"].train(module.training)
         for module in places
         if type(module) is FusedActivation and num_norms[module] == module.num_norms
     }
 
-    def comes_back(norm):
+    def comes_back(norm: nn.Module) -> bool:
         origin = vars(norm).get("fused_from")
         if origin is None:
             return False
@@ -168,15 +172,16 @@ def revert(model):
             before, after = ([] if name is None else [ACTIVATION_CLASS[name]()] for name in names)
             replaced[norm] = nn.Sequential(*before, norm, *after).train(norm.training)
     _replace(replaced, places)
-    return replaced.get(model, model)
+    reverted: nn.Module = replaced.get(model, model)
+    return reverted
 
 
-def _changes(norm, use):
+def _changes(norm: Any, use: Any) -> bool:
     """Whether a layer changes class: one that holds its activation itself only where it is fused with it."""
     return isinstance(use, Use) or not activation_name(inner_modules(norm)[1])
 
 
-def _fuse(norm, use, fused_activation):
+def _fuse(norm: Any, use: Use, fused_activation: FusedActivation | None) -> None:
     norm.__class__ = fused_class(type(norm))
     norm.activation = use.activation
     if not isinstance(norm, GroupNormAct):
@@ -186,13 +191,13 @@ def _fuse(norm, use, fused_activation):
         norm.__dict__["fused_from"] = _Origin(fused_activation, use.residual)
 
 
-def _unfuse(norm):
+def _unfuse(norm: Any) -> None:
     norm.__class__ = plain_class(type(norm))
     for name in ("activation", "pre_activation", "fused_from"):
         norm.__dict__.pop(name, None)
 
 
-def _places(model):
+def _places(model: nn.Module) -> Places:
     """Every (parent, name) that a module below ``model`` is registered at."""
     places = defaultdict(list)
     for parent in model.modules():
@@ -202,13 +207,13 @@ def _places(model):
     return places
 
 
-def _replace(replacements, places):
+def _replace(replacements: Mapping[Any, nn.Module], places: Places) -> None:
     for module, replacement in replacements.items():
         for parent, name in places[module]:
             parent._modules[name] = replacement
 
 
-def _outcome(norm, use):
+def _outcome(norm: Any, use: Use | str | None) -> tuple[str, str]:
     """A Site's outcome and reason; ``use`` is what what_follows says of the layer."""
     if isinstance(use, Use):
         if use.activation is None:
@@ -224,11 +229,11 @@ def _outcome(norm, use):
     if plain_class(type(norm)) is not None:
         return "left", "its forward is replaced on the instance"
     if fused_class(type(norm)) is not None:
-        return "left", why_not_convertible(norm)
+        return "left", why_not_convertible(norm) or ""
     return "left", f"{type(norm).__module__}.{type(norm).__name__} is not a class that is fused"
 
 
-def _tell(sites, report):
+def _tell(sites: list[Site], report: bool | list[Site]) -> None:
     counts = Counter(site.outcome.split()[0] for site in sites)
     if report is True:
         for name, kind, outcome, reason in sites:

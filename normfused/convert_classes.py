@@ -1,6 +1,7 @@
 """Which classes convert knows: normalisation layers, their fused classes, and the activations in their two forms."""
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ ACTIVATION_CLASS = {
     "leaky_relu": nn.LeakyReLU,
 }
 _ACTIVATION_NAME = {cls: name for name, cls in ACTIVATION_CLASS.items()}
-_ACTIVATION_FUNCTION = {
+_ACTIVATION_FUNCTION: dict[Any, str] = {
     F.relu: "relu",
     torch.relu: "relu",
     torch.relu_: "relu",
@@ -43,13 +44,13 @@ _ACTIVATION_FUNCTION = {
     **dict.fromkeys(("relu", "relu_"), "relu"),
     **dict.fromkeys(("sigmoid", "sigmoid_"), "sigmoid"),
 }
-_CLAMP = {torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_"}
-_SUM = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__"}
+_CLAMP: set[Any] = {torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_"}
+_SUM: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__"}
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def fused_class(plain):
+def fused_class(plain: type) -> type | None:
     """The class that a layer of class ``plain`` becomes, or None."""
     if plain.__module__.startswith("timm."):
         from . import convert_timm
@@ -58,26 +59,26 @@ def fused_class(plain):
     return _FUSED_CLASS.get(plain)
 
 
-def plain_class(fused):
+def plain_class(fused: type) -> type | None:
     """The class that a layer of class ``fused`` was, or None."""
     return vars(fused).get("plain_class") or _PLAIN_CLASS.get(fused)
 
 
-def is_norm(module):
+def is_norm(module: nn.Module) -> bool:
     """Whether a report names the module."""
     kind = norm_kind(module)
     return isinstance(module, _NORM_BASES) or kind.startswith(("BatchNorm", "GroupNorm", "FrozenBatchNorm"))
 
 
-def norm_kind(module):
+def norm_kind(module: nn.Module) -> str:
     return module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
 
 
-def is_convertible(module):
-    return fused_class(type(module)) is not None and why_not_convertible(module) is None
+def is_convertible(module: nn.Module | None) -> bool:
+    return module is not None and fused_class(type(module)) is not None and why_not_convertible(module) is None
 
 
-def why_not_convertible(module):
+def why_not_convertible(module: nn.Module) -> str | None:
     """What keeps a layer of a class that can be fused from being touched, or None."""
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
@@ -91,16 +92,16 @@ def why_not_convertible(module):
     return None
 
 
-def inner_modules(norm):
+def inner_modules(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """(drop, act) of timm's layers, which hold what follows them; (None, None) of others."""
     return norm._modules.get("drop"), norm._modules.get("act")
 
 
-def is_identity(module):
+def is_identity(module: nn.Module | None) -> bool:
     return type(module) is nn.Identity and "forward" not in vars(module) and not has_hooks(module)
 
 
-def activation_name(module):
+def activation_name(module: nn.Module | None) -> str | None:
     """The fused name of an activation module, None for anything else."""
     if module is None or "forward" in vars(module):
         return None
@@ -111,7 +112,7 @@ def activation_name(module):
     return _ACTIVATION_NAME.get(type(module))
 
 
-def called_activation(node):
+def called_activation(node: Any) -> str | None:
     """The fused name of a function or method that a node calls, None for anything else."""
     name = _ACTIVATION_FUNCTION.get(node.target) if node.op in ("call_function", "call_method") else None
     if name is None or not node.args:
@@ -124,11 +125,11 @@ def called_activation(node):
     return name if arguments in ({}, {"negative_slope": 0.01}) else None
 
 
-def is_clamp(node):
+def is_clamp(node: Any) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _CLAMP
 
 
-def is_sum(node):
+def is_sum(node: Any) -> Any:
     """Whether a node adds two values, as they are."""
     return (
         node.op in ("call_function", "call_method")
@@ -139,5 +140,5 @@ def is_sum(node):
     )
 
 
-def has_hooks(module):
+def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks, None) for hooks in _HOOKS)

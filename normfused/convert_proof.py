@@ -1,7 +1,7 @@
 """Proves what follows each normalisation layer, from graphs of what its parent's forward does."""
 
 from collections import Counter, defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -16,7 +16,7 @@ from .convert_classes import (
     is_identity,
     is_sum,
 )
-from .convert_rewrite import Edit, Forward, called_elsewhere
+from .convert_rewrite import Edit, Forward, Position, called_elsewhere
 from .convert_trace import example_graphs, trace_symbolically, why_opaque
 
 # Functions and methods that may return a view.
@@ -31,22 +31,36 @@ class Use(NamedTuple):
     activation: str | None = None
     module: nn.Module | None = None  # the module whose place the activation has, None for a function
     residual: bool = False  # whether a sum comes before the activation
-    parent: nn.Module | None = None  # whose forward has to change
-    edits: frozenset = frozenset()  # how
+    parent: Any = None  # whose forward has to change
+    edits: frozenset[Edit] = frozenset()  # how
+
+
+# An fx.Node; only its op tells of what type its target and arguments are.
+Node: TypeAlias = Any
+# The nodes that call a module.
+Called: TypeAlias = dict[Node, nn.Module]
+# Module -> every (parent, name) that it is registered at.
+Places: TypeAlias = dict[nn.Module, list[tuple[nn.Module, str]]]
+# Layer -> its Use, or why it has none.
+Follows: TypeAlias = dict[nn.Module | None, Any]
 
 
 class _Seen(NamedTuple):
     """What the graphs show."""
 
-    after: dict  # layer -> for each call a Use, or why none
-    before: dict  # activation module -> for each call the layer that it follows, None for anything else
-    edited: dict  # (parent, position) -> for each node there (layer, Edit), or None
-    unproven: dict  # parent -> why its graphs do not show everything
-    forwards: dict  # class -> its Forward, or why there is none
-    tried_out: set  # parents whose graphs come from example inputs alone
+    after: dict[nn.Module, list[Use | str]]  # layer -> for each call a Use, or why none
+    before: dict[
+        nn.Module, list[nn.Module | None]
+    ]  # activation module -> for each call the layer that it follows, None for anything else
+    edited: dict[
+        tuple[nn.Module, Position], list[tuple[nn.Module, Edit] | None]
+    ]  # (parent, position) -> for each node there (layer, Edit), or None
+    unproven: dict[nn.Module, str]  # parent -> why its graphs do not show everything
+    forwards: dict[type, Forward | str]  # class -> its Forward, or why there is none
+    tried_out: set[nn.Module]  # parents whose graphs come from example inputs alone
 
 
-def what_follows(model, names, places, example_inputs):
+def what_follows(model: nn.Module, names: dict[nn.Module, str], places: Places, example_inputs: Any) -> Follows:
     """For each convertible layer: its Use, or why it has none.
 
     Args:
@@ -61,7 +75,7 @@ def what_follows(model, names, places, example_inputs):
         if not is_convertible(parent)
         and any(is_convertible(m) or activation_name(m) for m in parent.modules() if m is not parent)
     ]
-    graphs = defaultdict(list)
+    graphs: dict[nn.Module, list[fx.Graph]] = defaultdict(list)
     # A forward that draws random numbers must not change the caller's.
     with torch.random.fork_rng(devices=()), torch.no_grad():
         for parent in watched:
@@ -71,7 +85,7 @@ def what_follows(model, names, places, example_inputs):
     for parent in watched:
         for graph in graphs[parent]:
             _read(graph, parent, seen)
-    follows = {norm: _follower(norm, seen, places[norm]) for norm in names if is_convertible(norm)}
+    follows: Follows = {norm: _follower(norm, seen, places[norm]) for norm in names if is_convertible(norm)}
     # What one layer cannot have, others may depend on.
     while True:
         vetoes = {
@@ -84,7 +98,7 @@ def what_follows(model, names, places, example_inputs):
         follows |= vetoes
 
 
-def _follower(norm, seen, places):
+def _follower(norm: nn.Module, seen: _Seen, places: list[tuple[nn.Module, str]]) -> Use | str:
     """What follows one layer, by its own parent alone; as what_follows."""
     _, act = inner_modules(norm)
     if activation_name(act):
@@ -98,18 +112,20 @@ def _follower(norm, seen, places):
         return f"cannot prove what follows: {seen.unproven[parent]}"
     if norm not in seen.after:
         return f"{type(parent).__name__}.forward does not call it"
-    uses = list(dict.fromkeys(seen.after[norm]))
+    uses: list[Any] = list(dict.fromkeys(seen.after[norm]))
     if any(isinstance(use, str) for use in uses):
         return next(use for use in uses if isinstance(use, str))
     if len({use._replace(parent=None, edits=None) for use in uses}) > 1:
         return "what follows depends on the mode or on optional arguments"
-    use = uses[0]._replace(edits=frozenset().union(*(use.edits for use in uses)))
+    use: Use = uses[0]._replace(edits=frozenset().union(*(use.edits for use in uses)))
     if use.activation is not None and has_hooks(norm):
         return "it has hooks, which would see another output"
     return use
 
 
-def _veto(norm, use, names, seen, places, follows):
+def _veto(
+    norm: Any, use: Use, names: dict[nn.Module, str], seen: _Seen, places: Places, follows: Follows
+) -> str | None:
     """Why a layer cannot do what ``use`` says, or None."""
     if use.module is not None:
         name = names[use.module]
@@ -136,16 +152,16 @@ def _veto(norm, use, names, seen, places, follows):
     return None
 
 
-def _same(edit, other):
+def _same(edit: Edit, other: Edit) -> bool:
     """Whether two edits leave the same code: where a call is dropped, it does not matter which layer does the work."""
     return edit == other or edit.action == other.action == "drop"
 
 
-def _what(use):
+def _what(use: Use) -> str | None:
     return f"sum and {use.activation}" if use.residual else use.activation
 
 
-def _forward(cls, seen):
+def _forward(cls: type, seen: _Seen) -> Forward | str:
     if cls not in seen.forwards:
         try:
             seen.forwards[cls] = Forward(cls)
@@ -154,7 +170,7 @@ def _forward(cls, seen):
     return seen.forwards[cls]
 
 
-def _watch(parent, graphs, unproven):
+def _watch(parent: nn.Module, graphs: list[fx.Graph], unproven: dict[nn.Module, str]) -> None:
     """Trace the parent's forward on symbolic input."""
     reason = why_opaque(parent)
     if reason is not None:
@@ -168,7 +184,7 @@ def _watch(parent, graphs, unproven):
         unproven[parent] = f"{name}.forward cannot be traced ({type(error).__name__}: {message})"
 
 
-def _try_out(model, example_inputs, graphs, seen):
+def _try_out(model: nn.Module, example_inputs: Any, graphs: dict[nn.Module, list[fx.Graph]], seen: _Seen) -> None:
     """Add what the example inputs show; it proves what symbolic traces could not."""
     examples, failures = example_graphs(model, example_inputs, list(graphs))
     for parent in graphs:
@@ -182,15 +198,15 @@ def _try_out(model, example_inputs, graphs, seen):
             graphs[parent] = examples[parent]
 
 
-def _read(graph, parent, seen):
+def _read(graph: fx.Graph, parent: nn.Module, seen: _Seen) -> None:
     """Note the calls of layers and activations in one graph."""
     called = {node: parent.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     num_calls = Counter(called.values())
-    wanted = {}
+    wanted: dict[Node, tuple[nn.Module, Edit]] = {}
     for node, module in called.items():
         if is_convertible(module):
             if "." in node.target:
-                use = f"{type(parent).__name__}.forward calls it past its parent"
+                use: Use | str = f"{type(parent).__name__}.forward calls it past its parent"
             elif num_calls[module] > 1:
                 use = "called more than once"
             else:
@@ -205,7 +221,7 @@ def _read(graph, parent, seen):
             seen.edited[parent, position].append(wanted.get(node))
 
 
-def _use(node, parent, called, tried_out):
+def _use(node: Node, parent: nn.Module, called: Called, tried_out: bool) -> tuple[Use | str, dict[Node, Edit]]:
     """(what consumes the output of a layer's call, as a Use or why that is unclear; {node: Edit})."""
     consumers = _consumers(node, called)
     activation = next((user for user in consumers if _applies(user, called)), None)
@@ -232,8 +248,8 @@ def _use(node, parent, called, tried_out):
     if len(consumers) != 1 or not _applies(consumers[0], called):
         return Use(), {}
     # The layer will be called at the sum: until then its input must stay what it is.
-    source = node.args[0] if len(node.args) == 1 else None
-    if not isinstance(called.get(source), (nn.modules.conv._ConvNd, nn.Linear)) or len(source.users) != 1:
+    source: Node = node.args[0] if len(node.args) == 1 else None
+    if not _makes_fresh(called.get(source)) or len(source.users) != 1:
         return (
             "its input is not the output of a convolution for it alone, which could wait for the sum that follows",
             {},
@@ -244,11 +260,20 @@ def _use(node, parent, called, tried_out):
     return _checked(parent, called, node.target, consumers[0], {node: "defer", sum_: "add"}, first)
 
 
-def _is_used_after(value, node, called):
+def _makes_fresh(module: Any) -> bool:
+    """Whether a module's output is a tensor of its own: a convolution's, or of a Sequential that ends with one."""
+    if type(module).__call__ is not nn.Module.__call__ or has_hooks(module):
+        return False
+    if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):
+        return len(module) > 0 and _makes_fresh(module[-1])
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+
+
+def _is_used_after(value: Any, node: Node, called: Called) -> bool:
     """Whether a value, or what may share its memory, is used after a node."""
     if not isinstance(value, fx.Node):
         return False
-    family = [value]
+    family: list[Node] = [value]
     while _may_share_memory(family[0], called):
         family.insert(0, family[0].args[0])
     for member in family:  # grows
@@ -262,20 +287,27 @@ def _is_used_after(value, node, called):
     return False
 
 
-def _may_share_memory(node, called):
+def _may_share_memory(node: Node, called: Called) -> Any:
     """Whether a node's value may lie in its first argument's memory: a view, or the same tensor, changed or not."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     module = called.get(node)
     if module is not None:
-        return is_identity(module) or getattr(module, "inplace", False)
+        return is_identity(module) or bool(getattr(module, "inplace", False))
     # "+=" reads as a sum in a symbolic trace.
     return node.op in ("call_function", "call_method") and (
         is_sum(node) or node.kwargs.get("inplace", False) or _describe(node) != _name(node) or _describe(node) in _VIEWS
     )
 
 
-def _checked(parent, called, layer, activation, sum_=None, first=True):
+def _checked(
+    parent: nn.Module,
+    called: Called,
+    layer: str,
+    activation: Node,
+    sum_: dict[Node, str] | None = None,
+    first: bool = True,
+) -> tuple[Use | str, dict[Node, Edit]]:
     """As _use, for an activation that one layer alone feeds, maybe by way of a sum."""
     actions, module = dict(sum_ or {}), called.get(activation)
     if module is None:
@@ -292,20 +324,20 @@ def _checked(parent, called, layer, activation, sum_=None, first=True):
     return Use(name, module, sum_ is not None, parent if edits else None, frozenset(edits.values())), edits
 
 
-def _applies(node, called):
+def _applies(node: Node, called: Called) -> bool:
     """Whether a node is an activation that can be fused."""
     return activation_name(called.get(node)) is not None or called_activation(node) is not None
 
 
-def _name(node):
-    return getattr(node.target, "__name__", node.target)
+def _name(node: Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
-def _describe(node):
+def _describe(node: Node) -> str:
     return _name(node).rstrip("_")
 
 
-def _consumers(node, called):
+def _consumers(node: Node, called: Called) -> list[Node]:
     """The nodes that compute with a node's value; an nn.Identity only hands it on."""
     consumers = []
     for user in node.users:
@@ -316,14 +348,14 @@ def _consumers(node, called):
     return consumers
 
 
-def _source(node, called):
+def _source(node: Any, called: Called) -> Any:
     """The node whose value this is."""
     while isinstance(node, fx.Node) and is_identity(called.get(node)) and node.args:
         node = node.args[0]
     return node
 
 
-def _layer_before(node, called):
+def _layer_before(node: Node, called: Called) -> nn.Module | None:
     """The layer whose value, maybe in a sum, an activation gets; None for anything else."""
     source = _source(node.args[0], called) if node.args else None
     if source is not None and isinstance(source, fx.Node) and is_sum(source):
@@ -332,7 +364,7 @@ def _layer_before(node, called):
     return called.get(source)
 
 
-def _asks(node):
+def _asks(node: Node) -> Any:
     """Whether a node asks a tensor for what does not depend on its value."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel", "stride")

@@ -14,15 +14,19 @@ import inspect
 import textwrap
 import types
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import nn
 
 from . import native
 
 _FEATURES = functools.reduce(lambda flags, name: flags | getattr(__future__, name).compiler_flag,
                              __future__.all_feature_names, 0)  # fmt: skip
-_SUBCLASSES = weakref.WeakValueDictionary()
+_SUBCLASSES: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+# A call's line, end line (counted from the function's first), column and end column.
+Position: TypeAlias = tuple[int, int, int, int]
 
 
 class Edit(NamedTuple):
@@ -31,13 +35,13 @@ class Edit(NamedTuple):
     action: (
         str  # "drop": the call becomes its input; "defer": likewise, a layer's; "add": a sum becomes the layer's call
     )
-    position: tuple  # the call's line, end line (counted from the function's first), column and end column
+    position: Position
     layer: str  # the name of the layer that does the work instead
     target: object = None  # "drop": the function or the name of the method that is called
     first: bool = True  # "add": the layer's output is the first operand
 
 
-def add_and_activate(layer, input, residual):
+def add_and_activate(layer: Any, input: torch.Tensor, residual: Any) -> torch.Tensor:
     """``activation(norm(input) + residual)`` by a layer with an activation, whatever PyTorch can add."""
     if (
         isinstance(residual, torch.Tensor)
@@ -45,7 +49,8 @@ def add_and_activate(layer, input, residual):
         and residual.dtype == input.dtype
         and residual.device == input.device
     ):
-        return layer(input, residual)
+        y: torch.Tensor = layer(input, residual)
+        return y
     # Broadcast, or of another dtype: step by step, on the same parameters and buffers.
     plain = copy.copy(layer)
     plain.activation = None
@@ -59,7 +64,7 @@ class Forward:
         ValueError: what it runs cannot be changed, with the reason.
     """
 
-    def __init__(self, cls):
+    def __init__(self, cls: Any) -> None:
         self.cls = cls
         self.function = cls.forward
         if not isinstance(self.function, types.FunctionType):
@@ -71,21 +76,21 @@ class Forward:
             self.source = "".join(lines)
             # Under "if", so that an indented function parses with its columns.
             indented = lines[0][0].isspace()
-            tree = ast.parse(("if True:\n" if indented else "") + self.source)
+            tree: Any = ast.parse(("if True:\n" if indented else "") + self.source)
         except (OSError, SyntaxError, IndexError) as error:
             raise ValueError(f"{cls.__name__}.forward has no source to read") from error
         ast.increment_lineno(tree, first - 1 - indented)
         self.definition = tree.body[0].body[0] if indented else tree.body[0]
         if not isinstance(self.definition, ast.FunctionDef):
             raise ValueError(f"{cls.__name__}.forward is not written as a function")
-        self.nodes = {}
+        self.nodes: dict[Position, list[Any]] = {}
         for node in ast.walk(self.definition):
             if isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign)):
                 self.nodes.setdefault(_position(node, first), []).append(node)
         if _essence(self._compile(self.definition)) != _essence(self.function.__code__):
             raise ValueError(f"{cls.__name__}.forward is not what its source says")
 
-    def why_not(self, module, edit):
+    def why_not(self, module: nn.Module, edit: Edit) -> str | None:
         """Why an edit cannot be made to the forward of ``module``, or None."""
         nodes = self.nodes.get(edit.position, ())
         if len(nodes) != 1 or (edit.action != "drop" and not edit.layer.isidentifier()):
@@ -108,7 +113,7 @@ class Forward:
             return f"the sum in {line} is written in a way that is not understood"
         return None
 
-    def edited(self, edits):
+    def edited(self, edits: Iterable[Edit]) -> types.FunctionType:
         """The function with ``edits`` made."""
         first = self.function.__code__.co_firstlineno
         definition = _Editor(edits, self._self(), first).visit(copy.deepcopy(self.definition))
@@ -120,32 +125,34 @@ class Forward:
         twin = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
         twin.__kwdefaults__ = function.__kwdefaults__
         functools.update_wrapper(twin, function)
-        del twin.__wrapped__
+        del twin.__wrapped__  # type: ignore[attr-defined]
         return twin
 
-    def _self(self):
+    def _self(self) -> str:
         arguments = self.definition.args
-        return [*arguments.posonlyargs, *arguments.args, ast.arg("")][0].arg
+        first: ast.arg = [*arguments.posonlyargs, *arguments.args, ast.arg("")][0]
+        return first.arg
 
-    def _compile(self, definition):
+    def _compile(self, definition: ast.FunctionDef) -> types.CodeType:
         """The code of a definition, with the original's free variables and its class around it."""
         code = self.function.__code__
         definition = copy.copy(definition)
         definition.decorator_list = []
-        body = [definition]
-        *_, outer, _ = ("", *self.function.__qualname__.split("."))
+        body: list[Any] = [definition]
+        outer = ("", *self.function.__qualname__.split("."))[-2]
         if outer and outer != "<locals>":  # for super() and private names
-            body = [ast.ClassDef(outer, [], [], body, [], type_params=[])]
+            body = [ast.ClassDef(outer, [], [], body, [], type_params=[])]  # type: ignore[call-arg]
         names = [name for name in (*code.co_freevars, _ADD) if name != "__class__"]
-        factory = ast.parse(f"def factory({', '.join(names)}): pass")
+        factory: Any = ast.parse(f"def factory({', '.join(names)}): pass")
         factory.body[0].body = body
         module = compile(
             ast.fix_missing_locations(factory), code.co_filename, "exec", code.co_flags & _FEATURES, dont_inherit=True
         )
         found = _code_named(module, definition.name, code.co_firstlineno)
+        assert found is not None  # what was just compiled
         return found.replace(co_qualname=code.co_qualname)
 
-    def _calls(self, node, module, target):
+    def _calls(self, node: ast.Call, module: nn.Module, target: Any) -> bool:
         """Whether the call is one of ``target``, a function or a method's name."""
         if isinstance(target, str):
             return isinstance(node.func, ast.Attribute) and node.func.attr == target
@@ -153,7 +160,7 @@ class Forward:
             return False
         return self._value(node.func, module) is target
 
-    def _value(self, node, module):
+    def _value(self, node: ast.AST, module: nn.Module) -> Any:
         """What a name or a dotted name stands for, None where that is a local variable."""
         function = self.function
         if isinstance(node, ast.Attribute):
@@ -169,7 +176,7 @@ class Forward:
         return function.__globals__.get(node.id)
 
 
-def called_elsewhere(forward, layer):
+def called_elsewhere(forward: Forward, layer: str) -> str | None:
     """Which other method of the class calls a layer, and would get its activation unawares; None if none does."""
     for cls in forward.cls.__mro__[: forward.cls.__mro__.index(torch.nn.Module)]:
         for name, method in vars(cls).items():
@@ -181,7 +188,7 @@ def called_elsewhere(forward, layer):
     return None
 
 
-def _calls_attribute(function, attribute):
+def _calls_attribute(function: types.FunctionType, attribute: str) -> bool:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):
@@ -190,33 +197,33 @@ def _calls_attribute(function, attribute):
     return any(isinstance(func, ast.Attribute) and func.attr == attribute for func in calls)
 
 
-def rewrite(module, edits):
+def rewrite(module: nn.Module, edits: Iterable[Edit]) -> None:
     """Give ``module`` the forward that ``edits`` make of its own, which why_not found nothing against."""
     # Functions do not all pickle, and are known by the call's place now.
     edits = frozenset(e._replace(target=e.target if isinstance(e.target, str) else None) for e in edits)
     module.__class__ = _subclass(type(module), edits)
 
 
-def restore(module):
+def restore(module: nn.Module) -> None:
     """Undo ``rewrite``, if it was done."""
     if is_rewritten(module):
-        module.__class__ = type(module)._normfused_original
+        module.__class__ = vars(type(module))["_normfused_original"]
 
 
-def is_rewritten(module):
+def is_rewritten(module: nn.Module) -> bool:
     cls = type(module)
     if hasattr(cls, "_normfused_original") and "_normfused_original" not in vars(cls):
         raise ValueError(f"{cls.__name__} is derived from a converted class, which cannot be reverted under it")
     return hasattr(cls, "_normfused_original")
 
 
-def deferred_layers(module):
+def deferred_layers(module: nn.Module) -> list[nn.Module]:
     """The layers that the rewritten forward of ``module`` relies on."""
-    names = {edit.layer for edit in type(module)._normfused_edits}
-    return [module._modules[name] for name in names if module._modules.get(name) is not None]
+    names = {edit.layer for edit in vars(type(module))["_normfused_edits"]}
+    return [layer for name in names if (layer := module._modules.get(name)) is not None]
 
 
-def _subclass(cls, edits, source=None):
+def _subclass(cls: type, edits: frozenset[Edit], source: str | None = None) -> Any:
     """The subclass of ``cls`` with these edits, which were found in ``source``."""
     if (cls, edits) not in _SUBCLASSES:
         forward = Forward(cls)
@@ -240,7 +247,7 @@ def _subclass(cls, edits, source=None):
     return _SUBCLASSES[cls, edits]
 
 
-def _reduce(self, protocol):
+def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
     # Pickle finds a class by its name, which names the original.
     cls = type(self)
     make, arguments, *rest = super(cls, self).__reduce_ex__(max(protocol, 2))
@@ -250,18 +257,18 @@ def _reduce(self, protocol):
     return _make, (make, recipe, arguments[1:]), *rest
 
 
-def _make(make, recipe, arguments):
+def _make(make: Callable[..., Any], recipe: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
     return make(_subclass(*recipe), *arguments)
 
 
 _ADD = "_normfused_add_and_activate"
 
 
-def _position(node, first):
+def _position(node: Any, first: int) -> Position:
     return node.lineno - first, node.end_lineno - first, node.col_offset, node.end_col_offset
 
 
-def _is_plain(node):
+def _is_plain(node: ast.AST) -> bool:
     """Whether leaving an expression out changes nothing."""
     return all(
         isinstance(part, (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.expr_context, ast.unaryop))
@@ -269,7 +276,7 @@ def _is_plain(node):
     )
 
 
-def _is_sum(node, first):
+def _is_sum(node: Any, first: bool) -> bool:
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, ast.Add)
     if isinstance(node, ast.AugAssign):
@@ -286,21 +293,21 @@ def _is_sum(node, first):
     return False
 
 
-def _operands(node):
+def _operands(node: Any) -> Any:
     if isinstance(node, ast.BinOp):
         return node.left, node.right
     if isinstance(node, ast.AugAssign):
-        return ast.Name(node.target.id, ast.Load()), node.value
+        return ast.Name(node.target.id, ast.Load()), node.value  # type: ignore[union-attr]
     return (node.func.value, *node.args)[-2:]
 
 
-def _essence(code):
+def _essence(code: types.CodeType) -> tuple[Any, ...]:
     """What tells whether two code objects come from the same text; the instructions depend on the module around it."""
     constants = [repr(constant) for constant in code.co_consts if not isinstance(constant, types.CodeType)]
     return code.co_names, code.co_varnames, code.co_freevars, constants, set(code.co_positions())
 
 
-def _code_named(code, name, line):
+def _code_named(code: types.CodeType, name: str, line: int) -> types.CodeType | None:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             if constant.co_name == name and constant.co_firstlineno == line:
@@ -312,11 +319,11 @@ def _code_named(code, name, line):
 
 
 class _Editor(ast.NodeTransformer):
-    def __init__(self, edits, self_name, first):
+    def __init__(self, edits: Iterable[Edit], self_name: str, first: int) -> None:
         self.edits = {edit.position: edit for edit in edits}
         self.self_name, self.first = self_name, first
 
-    def visit(self, node):
+    def visit(self, node: Any) -> Any:
         edit = None
         if isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign)):
             edit = self.edits.get(_position(node, self.first))

@@ -10,7 +10,7 @@ from .modules import BatchNormAct2d as _BatchNormAct2d
 from .modules import GroupNormAct as _GroupNormAct
 
 
-def _fused(base, plain):
+def _fused(base: type, plain: type) -> tuple[type, type]:
     fused = type(
         plain.__name__, (base, plain), {"__module__": __name__, "plain_class": plain, "__doc__": plain.__doc__}
     )

@@ -12,11 +12,15 @@ import itertools
 import random
 import sys
 import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from .convert_rewrite import Position
 
 # Reading a value into Python: what happens next may depend on it.
 _READS = {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "item", "tolist", "numpy"}
@@ -30,7 +34,9 @@ class DataDependent(Exception):
     """Python looked at a value, or drew a random number, so that a trace shows one course of several."""
 
 
-def trace_symbolically(parent, is_opaque, read):
+def trace_symbolically(
+    parent: nn.Module, is_opaque: Callable[[nn.Module | None], object], read: Callable[[fx.Graph], None]
+) -> None:
     """Trace the parent's forward in training and evaluation, with its optional arguments and without.
 
     Args:
@@ -60,7 +66,7 @@ def trace_symbolically(parent, is_opaque, read):
                     break
 
 
-def why_opaque(parent):
+def why_opaque(parent: nn.Module) -> str | None:
     """Why the parent's class does not say what it runs, or None."""
     cls = type(parent)
     if cls.forward is nn.Module.forward:
@@ -73,44 +79,46 @@ def why_opaque(parent):
     return None
 
 
-def forward_code(module):
+def forward_code(module: nn.Module) -> types.CodeType | None:
     """The code of the module's forward, None where that is no plain function."""
     return getattr(type(module).forward, "__code__", None)
 
 
-def _position(code):
+def _position(code: types.CodeType | None) -> Position | None:
     """Where in ``code`` the call under way stands; None in a function that it calls, or before Python 3.11."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and _is_ours_or_torchs(frame):
         frame = frame.f_back
     # fx runs a copy of the code where there are keyword-only arguments.
-    if frame is None or _place(frame.f_code) != _place(code) or not hasattr(code, "co_positions"):
+    if frame is None or code is None or _place(frame.f_code) != _place(code) or not hasattr(code, "co_positions"):
         return None
     line, end_line, column, end_column = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
-    if None in (line, end_line, column, end_column):
+    if line is None or end_line is None or column is None or end_column is None:
         return None
     return line - code.co_firstlineno, end_line - code.co_firstlineno, column, end_column
 
 
-def _is_ours_or_torchs(frame):
+def _is_ours_or_torchs(frame: types.FrameType) -> bool:
     return (frame.f_globals.get("__name__") or "").partition(".")[0] in ("torch", __package__)
 
 
-def _place(code):
+def _place(code: types.CodeType | None) -> tuple[str, int, str] | None:
     return code and (code.co_filename, code.co_firstlineno, code.co_name)
 
 
 class _NoReading(TorchFunctionMode):
     """Raises where Python reads a tensor's value: a random one, say, since a symbolic one has none."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if getattr(func, "__name__", None) in _READS:
             raise DataDependent(f"it reads a tensor's value ({func.__name__})")
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
-def _no_drawing():
+def _no_drawing() -> Iterator[None]:
     """Raises where Python's or NumPy's random numbers are used: they may decide what a forward does."""
     state = _random_state()
     try:
@@ -121,7 +129,7 @@ def _no_drawing():
         _set_random_state(state)
 
 
-def _random_state():
+def _random_state() -> tuple[Any, Any]:
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return random.getstate(), None
@@ -129,7 +137,7 @@ def _random_state():
     return random.getstate(), (kind, keys.tobytes(), *rest)
 
 
-def _set_random_state(state):
+def _set_random_state(state: tuple[Any, Any]) -> None:
     python, numpy = state
     random.setstate(python)
     if numpy is not None:
@@ -140,8 +148,10 @@ def _set_random_state(state):
 class Proxy(fx.Proxy):
     """A symbolic value, of which ``isinstance(value, torch.Tensor)`` is what its tracer says."""
 
-    @property
-    def __class__(self):
+    tracer: "_Tracer"
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         if not _is_ours_or_torchs(sys._getframe(1)):
             self.tracer.asked_for_type = True
             if self.tracer.is_tensor:
@@ -154,29 +164,31 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # A buffer that forward updates is left alone.
 
-    def __init__(self, code, is_tensor):
+    def __init__(self, code: types.CodeType | None, is_tensor: bool) -> None:
         super().__init__()
         self.code, self.is_tensor, self.asked_for_type = code, is_tensor, False
 
-    def proxy(self, node):
+    def proxy(self, node: fx.Node) -> Proxy:
         return Proxy(node, self)
 
-    def is_leaf_module(self, m, module_qualified_name):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
-    def call_module(self, m, forward, args, kwargs):
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         # One that is not registered is entered: a slice of a Sequential, say, calls some that are.
-        if m not in self.submodule_paths:
+        if m not in (self.submodule_paths or {}):
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
-    def create_node(self, *args, **kwargs):
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["position"] = _position(self.code)
         return node
 
 
-def _stand_in(parent, training, is_opaque):
+def _stand_in(parent: nn.Module, training: bool, is_opaque: Callable[[nn.Module | None], object]) -> Any:
     """A copy of ``parent`` to trace, so that what its forward assigns or appends is not kept."""
     stand_in = object.__new__(type(parent))
     for name, value in vars(parent).items():
@@ -192,7 +204,9 @@ def _stand_in(parent, training, is_opaque):
 # On example inputs
 
 
-def example_graphs(model, example_inputs, watched):
+def example_graphs(
+    model: nn.Module, example_inputs: Any, watched: list[nn.Module]
+) -> tuple[dict[nn.Module, list[fx.Graph]], dict[nn.Module, str]]:
     """Run a copy of ``model`` on example inputs, once in training and once in evaluation, and record.
 
     Args:
@@ -205,7 +219,9 @@ def example_graphs(model, example_inputs, watched):
     args, kwargs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {}
     if isinstance(example_inputs, dict):
         args, kwargs = (), example_inputs
-    graphs, unproven, state = {module: [] for module in watched}, {}, _random_state()
+    graphs: dict[nn.Module, list[fx.Graph]] = {module: [] for module in watched}
+    unproven: dict[nn.Module, str] = {}
+    state = _random_state()
     for training in (True, False):
         # A copy, because a forward changes running statistics and whatever else it likes.
         try:
@@ -234,18 +250,18 @@ def example_graphs(model, example_inputs, watched):
     return graphs, unproven
 
 
-def _first_line(exception):
+def _first_line(exception: Exception) -> str:
     message = str(exception).partition("\n")[0]
     return f"{type(exception).__name__}: {message}"
 
 
-def _tensors(value):
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in nested containers, and in the attributes of other objects there."""
     yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
     yield from _hidden_tensors(value)
 
 
-def _hidden_tensors(value, seen=None):
+def _hidden_tensors(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
     """The tensors in the attributes of objects that are no containers."""
     seen = set() if seen is None else seen
     for leaf in pytree.tree_leaves(value):
@@ -263,30 +279,30 @@ def _hidden_tensors(value, seen=None):
 class _Frame:
     """One call of a module that is under way; ``graph`` is None where the module is not watched."""
 
-    def __init__(self, module, watched):
+    def __init__(self, module: nn.Module, watched: bool) -> None:
         self.module = module
-        self.graph = fx.Graph() if watched else None
+        self.graph: Any = fx.Graph() if watched else None
         self.random_state = _random_state() if watched else None
         self.code = forward_code(module)
         self.names = {child: name for name, child in module.named_modules()} if watched else {}
-        self.nodes = {}  # id of a tensor -> the node that computed it
-        self.tensors = []  # keeps them alive, so that ids stay unique
+        self.nodes: dict[int, fx.Node] = {}  # id of a tensor -> the node that computed it
+        self.tensors: list[torch.Tensor] = []  # keeps them alive, so that ids stay unique
 
-    def record(self, op, target, args, kwargs, result, position):
+    def record(self, op: str, target: Any, args: Any, kwargs: Any, result: Any, position: Position | None) -> None:
         args, kwargs, hidden = pytree.tree_map(self._node, (args, kwargs, list(_hidden_tensors((args, kwargs)))))
         node = self.graph.create_node(op, target, tuple(args), {**kwargs, "hidden": hidden} if hidden else kwargs)
         node.meta["position"] = position
         for tensor in _tensors(result):
             self._define(tensor, node)
 
-    def _node(self, value):
+    def _node(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
         if id(value) not in self.nodes:
             self._define(value, self.graph.placeholder("input"))
         return self.nodes[id(value)]
 
-    def _define(self, tensor, node):
+    def _define(self, tensor: torch.Tensor, node: fx.Node) -> None:
         self.nodes[id(tensor)] = node
         self.tensors.append(tensor)
 
@@ -294,12 +310,12 @@ class _Frame:
 class _Recorder(TorchFunctionMode):
     """While active, records the calls of a twin's modules, and of torch's functions between them."""
 
-    def __init__(self, original, watched):
+    def __init__(self, original: dict[nn.Module, nn.Module], watched: set[nn.Module]) -> None:
         super().__init__()
         self.original = original
-        self.graphs = {module: [] for module in watched}
-        self.data_dependent = {}
-        self.stack = []
+        self.graphs: dict[nn.Module, list[fx.Graph]] = {module: [] for module in watched}
+        self.data_dependent: dict[nn.Module, str] = {}
+        self.stack: list[_Frame] = []
         for module in original:
             # A user's hooks are not to see the twin.
             for hooks in (
@@ -312,13 +328,13 @@ class _Recorder(TorchFunctionMode):
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave, with_kwargs=True)
 
-    def under_way(self):
+    def under_way(self) -> set[nn.Module]:
         return {self.original[frame.module] for frame in self.stack}
 
-    def _enter(self, module, args):
+    def _enter(self, module: nn.Module, args: Any) -> None:
         self.stack.append(_Frame(module, self.original[module] in self.graphs))
 
-    def _leave(self, module, args, kwargs, result):
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         frame = self.stack.pop()
         if frame.graph is not None:
             if frame.random_state != _random_state():
@@ -332,7 +348,9 @@ class _Recorder(TorchFunctionMode):
             op, target = ("call_module", name) if name else ("call_function", type(module).forward)
             caller.record(op, target, args, kwargs, result, _position(caller.code))
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if not self.stack:

@@ -6,12 +6,13 @@ NCCL on CUDA. Nothing waits for the GPU but a rank with fewer than two values pe
 """
 
 import warnings
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import backends, native, recompute, stages
+from . import backends, native, recompute, reference, stages
 from .functional import _batch_norm_error
 from .modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
 
@@ -20,10 +21,18 @@ class SyncBatchNormActFunction(torch.autograd.Function):
     """``y = activation(batch_norm(x) + residual)`` with the statistics of all ranks of a group."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, statistics, options):
-        """statistics: (count, mean, invstd) of the whole batch; options: (activation, backend, group)."""
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        statistics: tuple[Any, ...],
+        options: tuple[Any, ...],
+    ) -> torch.Tensor:
+        """statistics: (count, mean, invstd) of the whole batch; options: (activation, backend, group, eps)."""
         _, mean, invstd = statistics
-        activation, backend, _ = options
+        activation, backend, *_ = options
         ctx.statistics, ctx.options = statistics, options
         y = stages.apply(x, stages.scale(weight, invstd), bias, residual, mean, activation, backend)
         if activation is None:
@@ -32,31 +41,35 @@ class SyncBatchNormActFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            raise RuntimeError("SyncBatchNormAct: the gradient of its gradient (create_graph=True) is not implemented")
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, residual = ctx.saved_tensors
+        ctx.recipe = None
         count, mean, invstd = ctx.statistics
-        activation, backend, group = ctx.options
+        activation, backend, group, eps = ctx.options
         need_dx, need_dweight, need_dbias, need_dresidual, *_ = ctx.needs_input_grad
-        dx, dweight, dbias, dresidual = stages.backward_reduce(
-            dy,
-            x,
-            weight,
-            bias,
-            residual,
-            mean,
-            invstd,
-            activation,
-            backend,
-            need_dx,
-            need_dresidual and activation is not None,
-        )
-        if need_dx:
-            # The parameters' own gradients stay those of this rank: adding them up is left to DDP or FSDP.
-            sums = torch.stack([dweight, dbias])
-            dist.all_reduce(sums, group=group)
-            dx = stages.backward_apply(dx, x, weight, mean, invstd, *sums, count, backend)
+        # The parameters' own gradients stay those of this rank: adding them up is left to DDP or FSDP.
+        if torch.is_grad_enabled():
+            dx, dweight, dbias, dresidual = _differentiable_backward(
+                dy, x, weight, bias, residual, count, eps, activation, group
+            )
+        else:
+            dx, dweight, dbias, dresidual = stages.backward_reduce(
+                dy,
+                x,
+                weight,
+                bias,
+                residual,
+                mean,
+                invstd,
+                activation,
+                backend,
+                need_dx,
+                need_dresidual and activation is not None,
+            )
+            if need_dx:
+                sums = torch.stack([dweight, dbias])
+                dist.all_reduce(sums, group=group)
+                dx = stages.backward_apply(dx, x, weight, mean, invstd, sums[0], sums[1], count, backend)
         if need_dresidual and activation is None:
             dresidual = dy
         return (
@@ -67,6 +80,54 @@ class SyncBatchNormActFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of ``t`` over the ranks of ``group``, on each of them; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, t: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        total = t.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        return _sum_over_ranks(dtotal, ctx.group), None
+
+
+def _sum_over_ranks(t: torch.Tensor, group: Any) -> torch.Tensor:
+    return cast(torch.Tensor, _SumOverRanks.apply(t, group))  # type: ignore[no-untyped-call]
+
+
+def _differentiable_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    count: torch.Tensor,
+    eps: float,
+    activation: str | None,
+    group: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    """(dx, dweight, dbias, dresidual) by formulas that autograd follows, across ranks too; as ``_SumOverRanks``, every
+    rank has to differentiate them."""
+    dims = [0, *range(2, x.dim())]
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    wide = x.to(dy.dtype if dy.dtype == torch.float64 else torch.float32)
+    mean = _sum_over_ranks(wide.sum(dims), group) / count
+    centred = wide - mean.view(shape)
+    invstd = (_sum_over_ranks(centred.square().sum(dims), group) / count + eps).rsqrt()
+    frozen_dx, dweight, dbias, dresidual = reference.batch_norm_act_backward(
+        dy, x, weight, bias, residual, mean, invstd, False, eps, activation
+    )
+    # As stages.backward_apply; where there is no weight or bias, its gradient is this sum all the same.
+    total_dweight, total_dbias = _sum_over_ranks(torch.stack([dweight, dbias]).to(mean.dtype), group) / count
+    correction = total_dbias.view(shape) + centred * (invstd * total_dweight).view(shape)
+    dx = frozen_dx - (stages.scale(weight, invstd).view(shape) * correction).to(frozen_dx.dtype)
+    return dx, dweight, dbias, dresidual
 
 
 class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
@@ -91,19 +152,26 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
         ValueError: one value per channel on all ranks together (on all of them), and what
             :func:`normfused.functional.batch_norm_act` raises it for.
         NotImplementedError: integer, boolean or complex ``input``.
-        RuntimeError: sizes or dtypes do not fit; in the backward pass, ``create_graph=True``.
+        RuntimeError: sizes or dtypes do not fit.
 
     What is wrong on one rank alone is raised there alone, and leaves the others waiting, as any exception between
     collectives does.
     """
 
     def __init__(
-        self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, process_group=None, **kwargs
-    ):
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
         self.process_group = process_group
 
-    def _check_input_dim(self, input):
+    def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"SyncBatchNormAct: expected input of at least 2 dimensions, got {input.dim()}")
         if input.shape[1] != self.num_features:
@@ -129,22 +197,24 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
             raise error
         if self.pre_activation is not None:
             input = native.activate(input, self.pre_activation)
-        options = self.activation, backends.choose(input), group
+        options = self.activation, backends.choose(input), group, self.eps
         count, mean, m2 = _statistics_of_all(input, group)
         n = count.clamp(min=1)
         statistics = n, mean, (m2 / n + self.eps).sqrt().reciprocal()
-        y = SyncBatchNormActFunction.apply(input, self.weight, self.bias, residual, statistics, options)
+        y: torch.Tensor = SyncBatchNormActFunction.apply(  # type: ignore[no-untyped-call]
+            input, self.weight, self.bias, residual, statistics, options
+        )
         if tracks:
             factor = 0.0 if again else self._factor(mean.dtype)
             if input.numel() == 0:
                 factor *= count > 0  # Without a value anywhere nothing moves; a rank that has some need not look.
             _move(self.running_mean, mean, factor)
             _move(self.running_var, m2 / (n - 1).clamp(min=1), factor)
-        if recompute.is_on() and y.requires_grad:
+        if recompute.takes(y):
             recompute.remember_batch_norm(y, input, self.weight, self.bias, residual, *statistics[1:], *options[:2])
         return y
 
-    def _factor(self, dtype):
+    def _factor(self, dtype: torch.dtype) -> float | torch.Tensor:
         """The weight of this batch in the running statistics: a number, or one on the device."""
         if self.momentum is not None:
             return self.momentum
@@ -152,7 +222,7 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
             return 0.0
         return self.num_batches_tracked.to(dtype).reciprocal()
 
-    def _group(self):
+    def _group(self) -> dist.ProcessGroup | None:
         """The process group to synchronise with, None where there is nothing to."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
@@ -160,13 +230,13 @@ class SyncBatchNormAct(_BatchNormAct, nn.modules.batchnorm._BatchNorm):
         return group if dist.get_world_size(group) > 1 else None
 
     @classmethod
-    def convert_sync_batchnorm(cls, module, process_group=None):
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
         """As normfused.convert_sync_batchnorm."""
         return convert_sync_batchnorm(module, process_group)
 
 
 @torch.no_grad()
-def _statistics_of_all(x, group):
+def _statistics_of_all(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(count, mean, m2) over the ranks of ``group``, the same bits on each; the one collective of the forward."""
     count, mean, m2 = stages.statistics(x)
     mine = torch.cat([mean, m2, mean.new_full((1,), count)])
@@ -185,11 +255,12 @@ def _statistics_of_all(x, group):
 
 
 # all_gather_into_tensor is what torch < 2.13 calls it.
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-def _move(running, batch, factor):
+def _move(running: torch.Tensor | None, batch: torch.Tensor, factor: float | torch.Tensor) -> None:
     """``running = (1 - factor) * running + factor * batch``; ``factor`` is a number or one on the device."""
+    assert running is not None
     moved = torch.lerp(running.to(batch.dtype), batch, factor)
     running.copy_(moved)
 
@@ -206,7 +277,7 @@ _SYNCHRONISED = (
 )
 
 
-def convert_sync_batchnorm(module, process_group=None):
+def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
     """Make every BatchNorm of ``module`` a SyncBatchNormAct, in place; what was fused with an activation keeps it.
 
     The layers of torch.nn (BatchNorm1d, 2d, 3d and SyncBatchNorm) and ours change class: parameters, buffers, hooks,
@@ -241,7 +312,7 @@ def convert_sync_batchnorm(module, process_group=None):
     return module
 
 
-def _synchronise(layer, process_group):
+def _synchronise(layer: Any, process_group: dist.ProcessGroup | None) -> None:
     cls = type(layer)
     layer.process_group = process_group
     if cls is not SyncBatchNormAct:
@@ -251,7 +322,7 @@ def _synchronise(layer, process_group):
         layer.__dict__.setdefault("pre_activation", None)
 
 
-def unsynchronise(layer):
+def unsynchronise(layer: nn.Module) -> None:
     """Give a SyncBatchNormAct that convert_sync_batchnorm made the class back that it had; for normfused.revert."""
     cls = vars(layer).pop("class_before_sync", None)
     if cls is None:

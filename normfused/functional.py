@@ -1,5 +1,7 @@
 """Functional forms of the fused layers, with the arguments of torch.nn.functional."""
 
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
@@ -16,19 +18,19 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 
 def batch_norm_act(
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
     *,
-    activation="relu6",
-    residual=None,
-    pre_activation=None,
-):
+    activation: str | None = "relu6",
+    residual: torch.Tensor | None = None,
+    pre_activation: str | None = None,
+) -> torch.Tensor:
     """Batch normalisation, an optional residual and an activation in one operator.
 
     Computes ``activation(z)`` with ``z = (x - mean) / sqrt(var + eps) * weight + bias + residual``
@@ -76,7 +78,15 @@ def batch_norm_act(
     )
 
 
-def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activation=None):
+def group_norm_act(
+    input: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+) -> torch.Tensor:
     """Group normalisation and an activation in one operator.
 
     Computes ``activation((x - mean) / sqrt(var + eps) * weight + bias)`` with the statistics of each sample's
@@ -118,33 +128,36 @@ def group_norm_act(input, num_groups, weight=None, bias=None, eps=1e-5, *, activ
                 or (bias is not None and bias.requires_grad)
             )
         ):
-            return backends.OPERATORS[backend].group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
-        apply = GroupNormActFunction.apply if compiling else group_norm_act_eager
+            y: torch.Tensor = backends.OPERATORS[backend].group_norm_act(
+                input, weight, bias, num_groups, eps, activation
+            )[0]
+            return y
+        apply: Any = GroupNormActFunction.apply if compiling else group_norm_act_eager
         y = apply(input, weight, bias, (num_groups, eps, activation, backend))
     except (RuntimeError, AttributeError):
         # Something is wrong: say it with the type of exception that PyTorch has for it.
         _raise(_not_tensors("group_norm_act", weight=weight, bias=bias))
         _raise(_group_norm_error(input, num_groups, activation))
         raise
-    if recompute.local.depth and recompute.is_on():
+    if recompute.local.depth and recompute.takes(y):
         recompute.remember_group_norm(y, input, weight, bias, num_groups, eps, activation, backend)
     return y
 
 
 def _batch_norm_act(
-    input,
-    running_mean,
-    running_var,
-    num_batches_tracked,
-    weight,
-    bias,
-    training,
-    momentum,
-    eps,
-    activation,
-    residual,
-    pre_activation,
-):
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    num_batches_tracked: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: torch.Tensor | None,
+    pre_activation: str | None,
+) -> torch.Tensor:
     """batch_norm_act that also keeps ``num_batches_tracked``; momentum=None then averages cumulatively."""
     if not isinstance(input, torch.Tensor):
         raise _not_a_tensor("batch_norm_act", "input", input)
@@ -202,12 +215,12 @@ def _batch_norm_act(
                 or (residual is not None and residual.requires_grad)
             )
         ):
-            y = operators.batch_norm_act(input, weight, bias, residual, *arguments)[0]
+            y: torch.Tensor = operators.batch_norm_act(input, weight, bias, residual, *arguments)[0]
         else:
             if compiling and residual is input:
                 # torch.compile takes no tensor for two arguments.
                 residual = input.view_as(input)
-            apply = BatchNormActFunction.apply if compiling else batch_norm_act_eager
+            apply: Any = BatchNormActFunction.apply if compiling else batch_norm_act_eager
             y = apply(input, weight, bias, residual, (*arguments, backend))
         if training and not compiling:
             # What autograd saved of them before is no longer what it was (native says nothing: #73050).
@@ -221,20 +234,29 @@ def _batch_norm_act(
         _raise(_not_tensors("batch_norm_act", running_mean=running_mean, running_var=running_var, **tensors))
         _raise(_batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, None))
         raise
-    if recompute.local.depth and y.requires_grad and recompute.is_on():
-        statistics = y.grad_fn.statistics
+    if recompute.local.depth and recompute.takes(y):
+        mean, invstd = y.grad_fn.statistics  # type: ignore[union-attr]
         recompute.remember_batch_norm(
-            y, input, weight, bias, residual, *statistics, activation, backend, pre_activation
+            y, input, weight, bias, residual, mean, invstd, activation, backend, pre_activation
         )
     return y
 
 
-def _is_transformed():
+def _is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation, which our operators do not know of, is under way."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, pre_activation):
+def _batch_norm_error(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str | None,
+    residual: torch.Tensor | None,
+    pre_activation: str | None,
+) -> Exception | None:
     """What is wrong with the call, as an exception of the type that PyTorch raises for it, or None."""
     if activation is not None and activation not in native.ACTIVATIONS:
         return _unknown_activation("activation", activation)
@@ -273,7 +295,7 @@ def _batch_norm_error(input, running_mean, running_var, training, eps, activatio
     return None
 
 
-def _group_norm_error(input, num_groups, activation):
+def _group_norm_error(input: torch.Tensor, num_groups: int, activation: str | None) -> Exception | None:
     """The same for group_norm_act."""
     if activation is not None and activation not in native.ACTIVATIONS:
         return _unknown_activation("activation", activation)
@@ -289,25 +311,25 @@ def _group_norm_error(input, num_groups, activation):
     return None
 
 
-def _not_tensors(function, **tensors):
+def _not_tensors(function: str, **tensors: object) -> Exception | None:
     """An error for the first that is neither a tensor nor None."""
     wrong = [(name, t) for name, t in tensors.items() if not (t is None or isinstance(t, torch.Tensor))]
     return _not_a_tensor(function, *wrong[0]) if wrong else None
 
 
-def _not_a_tensor(function, argument, value):
+def _not_a_tensor(function: str, argument: str, value: object) -> Exception:
     return TypeError(f"{function}: {argument} must be a Tensor, got {type(value).__name__}")
 
 
-def _raise(error):
+def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error from None
 
 
-def _unknown_activation(argument, name):
+def _unknown_activation(argument: str, name: object) -> Exception:
     known = ", ".join(repr(known) for known in native.ACTIVATIONS)
     return ValueError(f"{argument} must be one of {known} or None, got {name!r}")
 
 
-def _unsupported_dtype(function, input):
+def _unsupported_dtype(function: str, input: torch.Tensor) -> Exception:
     return NotImplementedError(f"{function}: input must be float32, float64, float16 or bfloat16, got {input.dtype}")

@@ -1,6 +1,7 @@
 """Drop-in modules: torch.nn's arguments, numbers and state_dict, with the activation in the same operator."""
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,9 +18,9 @@ class _RefuseSyncConversion:
     ``qconfig`` is the plain attribute that quantisation sets.
     """
 
-    def __get__(self, module, owner=None):
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
         if module is not None and (module.activation, module.pre_activation) != (None, None):
-            converter = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__
+            converter = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
             if sys._getframe(1).f_code is converter:
                 raise RuntimeError(
                     "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the fused activation "
@@ -30,10 +31,10 @@ class _RefuseSyncConversion:
             raise AttributeError("qconfig")
         return vars(module)["qconfig"]
 
-    def __set__(self, module, value):
+    def __set__(self, module: Any, value: Any) -> None:
         vars(module)["qconfig"] = value
 
-    def __delete__(self, module):
+    def __delete__(self, module: Any) -> None:
         del vars(module)["qconfig"]
 
 
@@ -44,7 +45,7 @@ class _RefuseFolding:
     alone. In every other respect ``eps`` is the plain attribute that it is in torch.nn.
     """
 
-    def __get__(self, module, owner=None):
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
         if module is None:
             raise AttributeError("eps")
         fused = (module.activation, module.pre_activation) != (None, None)
@@ -56,14 +57,19 @@ class _RefuseFolding:
             )
         return vars(module)["eps"]
 
-    def __set__(self, module, value):
+    def __set__(self, module: Any, value: Any) -> None:
         vars(module)["eps"] = value
 
 
 _FOLDING = {nn.utils.fuse_conv_bn_eval.__code__, nn.utils.fuse_linear_bn_eval.__code__}
 
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm as _Base  # what the classes with it have beside it
+else:
+    _Base = object
 
-class _BatchNormAct:
+
+class _BatchNormAct(_Base):
     """What BatchNormAct1d, 2d and 3d add to their torch.nn base class."""
 
     activation: str | None
@@ -71,7 +77,9 @@ class _BatchNormAct:
     qconfig = _RefuseSyncConversion()
     eps = _RefuseFolding()
 
-    def __init__(self, *args, activation="relu6", pre_activation=None, **kwargs):
+    def __init__(
+        self, *args: Any, activation: str | None = "relu6", pre_activation: str | None = None, **kwargs: Any
+    ) -> None:
         if activation is not None and activation not in native.ACTIVATIONS:
             raise _unknown_activation("activation", activation)
         if pre_activation is not None and pre_activation not in native.ACTIVATIONS:
@@ -81,7 +89,7 @@ class _BatchNormAct:
         self.pre_activation = pre_activation
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training:
             tracks = self.track_running_stats
             running_mean = self.running_mean if tracks else None
@@ -106,8 +114,8 @@ class _BatchNormAct:
             self.pre_activation,
         )
 
-    def extra_repr(self):
-        extra = f"{super().extra_repr()}, activation={self.activation!r}"
+    def extra_repr(self) -> str:
+        extra = f"{super().extra_repr()}, activation={self.activation!r}"  # type: ignore[no-untyped-call]
         return extra if self.pre_activation is None else f"{extra}, pre_activation={self.pre_activation!r}"
 
 
@@ -149,7 +157,7 @@ class GroupNormAct(nn.GroupNorm):
 
     activation: str | None
 
-    def __init__(self, *args, activation=None, **kwargs):
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
         if activation is not None and activation not in native.ACTIVATIONS:
             raise _unknown_activation("activation", activation)
         super().__init__(*args, **kwargs)
@@ -163,5 +171,5 @@ class GroupNormAct(nn.GroupNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return group_norm_act(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -4,10 +4,12 @@ Serves the tensors that no kernel of ours covers (backend "torch") and everythin
 transforms, forward-mode differentiation and ``pre_activation``.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
     "silu": F.silu,
@@ -17,12 +19,12 @@ ACTIVATIONS = {
 }
 
 
-def activate(z, activation):
+def activate(z: torch.Tensor, activation: str | None) -> torch.Tensor:
     """Apply the activation called ``activation`` (None: the identity) to ``z``."""
     return z if activation is None else ACTIVATIONS[activation](z)
 
 
-def _weight(weight, bias):
+def _weight(weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
     """``weight``, or ones where there is a bias alone.
 
     Torch's batch norm then gets its double backward wrong, and its group norm raises in backward (2.13).
@@ -31,19 +33,19 @@ def _weight(weight, bias):
 
 
 def batch_norm_act(
-    x,
-    running_mean,
-    running_var,
-    num_batches_tracked,
-    weight,
-    bias,
-    training,
-    momentum,
-    eps,
-    activation,
-    residual,
-    pre_activation,
-):
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    num_batches_tracked: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: torch.Tensor | None,
+    pre_activation: str | None,
+) -> torch.Tensor:
     """``activation(batch_norm(pre_activation(x)) + residual)`` with torch.nn.BatchNorm's bookkeeping."""
     factor = 0.0 if momentum is None else momentum
     if num_batches_tracked is not None:
@@ -63,6 +65,13 @@ def batch_norm_act(
     return activate(z if residual is None else z + residual, activation)
 
 
-def group_norm_act(x, num_groups, weight, bias, eps, activation):
+def group_norm_act(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> torch.Tensor:
     """``activation(group_norm(x))``."""
     return activate(F.group_norm(x, num_groups, _weight(weight, bias), bias, eps), activation)

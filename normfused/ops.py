@@ -5,6 +5,7 @@ CUDA_WHY_NOT says why the operators have no CUDA kernels (None: they have).
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._prims_common import suggest_memory_format
@@ -12,15 +13,15 @@ from torch._prims_common import suggest_memory_format
 LOADED = False
 WHY_NOT: str | None = None
 CUDA_WHY_NOT: str | None = None
-BUILD: dict = {}
+BUILD: dict[str, Any] = {}
 
 
-def _load():
+def _load() -> str | None:
     """Load the operator library; returns why it could not be loaded, or None."""
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined]
     except ImportError:
-        cure = "install a C++ compiler (Debian: apt-get install g++) and reinstall normfused"
+        cure = "install a C++ compiler (Debian: apt-get install g++ python3-dev) and reinstall normfused"
         return f"the C++ core is not built; {cure}"
     BUILD.update(_C.build_info())
     (library,) = Path(__file__).parent.glob("_cpu*.so")
@@ -31,7 +32,7 @@ def _load():
     return None
 
 
-def _load_cuda():
+def _load_cuda() -> str | None:
     """Load the CUDA kernels of the operators; returns why they could not be, or None. Does not initialise CUDA."""
     if not LOADED:
         return WHY_NOT
@@ -56,7 +57,7 @@ LOADED = WHY_NOT is None
 CUDA_WHY_NOT = _load_cuda()
 
 
-def _check_devices(x, *others):
+def _check_devices(x: torch.Tensor, *others: torch.Tensor | None) -> None:
     for t in others:
         torch._check(
             t is None or t.device == x.device,
@@ -64,63 +65,63 @@ def _check_devices(x, *others):
         )
 
 
-def batch_norm_memory_format(x):
+def batch_norm_memory_format(x: torch.Tensor) -> torch.memory_format:
     """The memory format of outputs: as in PyTorch's own batch_norm, what is dense in both counts as contiguous."""
     return torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
 
 
-def group_norm_memory_format(x):
+def group_norm_memory_format(x: torch.Tensor) -> torch.memory_format:
     """The memory format of outputs: as in PyTorch's own group_norm, the strides decide."""
     return suggest_memory_format(x)
 
 
-def _batch_norm_empty_like(x):
+def _batch_norm_empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=batch_norm_memory_format(x))
 
 
-def _group_norm_empty_like(x):
+def _group_norm_empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=group_norm_memory_format(x))
 
 
-def _statistics_dtype(x):
+def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def fake_batch_norm_act(
-    x,
-    weight,
-    bias,
-    residual,
-    running_mean,
-    running_var,
-    num_batches_tracked,
-    training,
-    momentum,
-    eps,
-    activation,
-    pre_activation,
-):
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    num_batches_tracked: torch.Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    pre_activation: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_devices(x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
     mean = x.new_empty(x.shape[1], dtype=_statistics_dtype(x))
     return _batch_norm_empty_like(x), mean, torch.empty_like(mean)
 
 
 def fake_batch_norm_act_backward(
-    dy,
-    x,
-    weight,
-    bias,
-    residual,
-    mean,
-    invstd,
-    training,
-    activation,
-    pre_activation,
-    need_dx,
-    need_dweight,
-    need_dbias,
-    need_dresidual,
-):
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    training: bool,
+    activation: str | None,
+    pre_activation: str | None,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    need_dresidual: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_devices(x, dy, weight, bias, residual, mean, invstd)
     return (
         _batch_norm_empty_like(x) if need_dx else x.new_empty(0),
@@ -130,15 +131,32 @@ def fake_batch_norm_act_backward(
     )
 
 
-def fake_group_norm_act(x, weight, bias, num_groups, eps, activation):
+def fake_group_norm_act(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_devices(x, weight, bias)
     mean = x.new_empty((x.shape[0], num_groups), dtype=_statistics_dtype(x))
     return _group_norm_empty_like(x), mean, torch.empty_like(mean)
 
 
 def fake_group_norm_act_backward(
-    dy, x, weight, bias, mean, rstd, num_groups, activation, need_dx, need_dweight, need_dbias
-):
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    num_groups: int,
+    activation: str | None,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_devices(x, dy, weight, bias, mean, rstd)
     return (
         _group_norm_empty_like(x) if need_dx else x.new_empty(0),
@@ -157,6 +175,11 @@ if LOADED:
     group_norm_act_backward = torch.ops.normfused.group_norm_act_backward.default
 
     BUILD["instruction_set"] = torch.ops.normfused.cpu_instruction_set()
+
+    # torch.compile's inductor lays tensors out as convolutions like them, and would copy what our kernels read as it is
+    # into the layout that it was traced in. (The stable ABI of torch 2.10 has no way to declare it.)
+    for _operator in (batch_norm_act, batch_norm_act_backward, group_norm_act, group_norm_act_backward):
+        _operator.tags.append(torch.Tag.flexible_layout)
 
     torch.library.register_fake("normfused::batch_norm_act", fake_batch_norm_act)
     torch.library.register_fake("normfused::batch_norm_act_backward", fake_batch_norm_act_backward)

@@ -12,6 +12,8 @@ other storage can take its address meanwhile.
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -22,15 +24,37 @@ from . import backends, stages
 
 class _Local(threading.local):
     depth = 0  # of recompute_activations in this thread
+    choice: "_Choice | None" = None  # of the innermost
 
 
 local = _Local()
 # Address of a storage -> the recipe of the y in it.
-_recipes = weakref.WeakValueDictionary()
+_recipes: "weakref.WeakValueDictionary[int, _Recipe]" = weakref.WeakValueDictionary()
+
+
+# Recomputing one output out of so many in a row of residual blocks would need all before it: one in between is kept.
+_MAX_CHAIN = 16
+
+
+class _Choice:
+    """Which outputs are recomputed: of those that are large enough a share, spread over the model."""
+
+    def __init__(self, share: float, min_bytes: int) -> None:
+        self.share, self.min_bytes = share, min_bytes
+        self.owed = 0.0  # bytes that the share of what came so far is ahead of what was recomputed of it
+
+    def takes(self, y: torch.Tensor) -> bool:
+        if y.nbytes < self.min_bytes:
+            return False
+        self.owed += self.share * y.nbytes
+        if self.owed < y.nbytes:
+            return False
+        self.owed -= y.nbytes
+        return True
 
 
 @contextlib.contextmanager
-def recompute_activations():
+def recompute_activations(share: float = 1.0, *, min_bytes: int = 1 << 20) -> Iterator[None]:
     """Around the forward pass: what the fused layers put out is computed again in the backward pass instead of kept.
 
     A chain convolution -> norm -> activation -> convolution keeps half as much, for one more read and write of each
@@ -38,85 +62,112 @@ def recompute_activations():
     updated once. Only layers that run on normfused's kernels take part (``normfused.info()``), in eager mode; other
     tensors are kept as usual. Within it, ``torch.utils.checkpoint`` and other saved_tensors_hooks come first, and
     torch.func's transforms raise, as they do with any such hooks. The backward pass may be outside.
+
+    Args:
+        share: how much of these outputs to recompute, in bytes, from 0 to 1; the rest is kept. Time and memory follow.
+        min_bytes: outputs of fewer bytes are kept: the bookkeeping would cost more time than their memory is worth.
+
+    Raises:
+        ValueError: ``share`` is not from 0 to 1.
     """
-    local.depth += 1
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"recompute_activations: share must be from 0 to 1, got {share}")
+    outer = local.choice
+    local.depth, local.choice = local.depth + 1, _Choice(share, min_bytes)
     try:
         with saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
-        local.depth -= 1
+        local.depth, local.choice = local.depth - 1, outer
 
 
-def is_on():
-    """Whether what autograd keeps now passes through here."""
-    if not local.depth or torch.compiler.is_compiling():
+def takes(y: torch.Tensor) -> bool:
+    """Whether ``y``, which a layer just computed, is to be recomputed, and what autograd keeps passes through here."""
+    if local.choice is None or torch.compiler.is_compiling() or not y.requires_grad:
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0] is _pack
+    return hooks is not None and hooks[0] is _pack and local.choice.takes(y)
 
 
-def in_backward():
+def in_backward() -> bool:
     """Whether this code runs in a backward pass, as what torch.utils.checkpoint computes again does."""
     return torch._C._current_graph_task_id() != -1
 
 
-def remember_batch_norm(y, x, weight, bias, residual, mean, invstd, activation, backend, pre_activation=None):
+def remember_batch_norm(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    activation: str | None,
+    backend: str,
+    pre_activation: str | None = None,
+) -> None:
     """Let ``y``, which a fused BatchNorm just computed with these, be recomputed."""
     # Without an activation the layer's own backward does not keep residual, and nothing would be gained.
     if activation is not None or residual is None:
         # Copies, for an optimizer may change the parameters, and FSDP free them, before y is asked for.
-        scale = stages.scale(weight, invstd).detach()
+        scale = stages.scale(None if weight is None else weight.detach(), invstd)
         bias = None if bias is None else bias.detach().clone()
 
-        def apply(x, residual):
+        def apply(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
             return stages.apply(x, scale, bias, residual, mean, activation, backend, pre_activation)
 
         _remember(y, apply, (x, residual))
 
 
-def remember_group_norm(y, x, weight, bias, num_groups, eps, activation, backend):
+def remember_group_norm(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str | None,
+    backend: str,
+) -> None:
     """The same for a fused GroupNorm."""
     weight, bias = (None if t is None else t.detach().clone() for t in (weight, bias))
 
-    def apply(x):
-        return backends.OPERATORS[backend].group_norm_act(x, weight, bias, num_groups, eps, activation)[0]
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = backends.OPERATORS[backend].group_norm_act(x, weight, bias, num_groups, eps, activation)[0]
+        return y
 
     _remember(y, apply, (x,))
 
 
-def _remember(y, apply, inputs):
-    recipe = _Recipe(y, apply, inputs)
-    _recipes[y.untyped_storage()._cdata] = recipe
-    y.grad_fn.register_prehook(_Owner(recipe))
-
-
-class _Owner:
-    """A hook of the layer's backward node that keeps the recipe until the node runs, or is no more."""
-
-    def __init__(self, recipe):
-        self.recipe = recipe
-
-    def __call__(self, grad_outputs):
-        self.recipe = None
+def _remember(y: torch.Tensor, apply: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor | None, ...]) -> None:
+    # x may be an earlier layer's y: then this recipe holds that recipe.
+    packed = [None if t is None else _pack(t) for t in inputs]
+    chain = 1 + max((p.recipe.chain for p in packed if isinstance(p, _Recomputed)), default=0)
+    if chain <= _MAX_CHAIN:
+        recipe = _Recipe(y, apply, packed, chain)
+        _recipes[y.untyped_storage()._cdata] = recipe
+        # The layer's backward node keeps the recipe until it runs (its backward lets it go), or is no more.
+        cast(Any, y.grad_fn).recipe = recipe
 
 
 class _Recipe:
     """How to compute a y again."""
 
-    def __init__(self, y, apply, inputs):
+    def __init__(
+        self,
+        y: torch.Tensor,
+        apply: Callable[..., torch.Tensor],
+        inputs: "list[_Recomputed | _Kept | None]",
+        chain: int,
+    ) -> None:
         storage = y.untyped_storage()
-        self.storage, self.address, self.dtype, self.version = (
-            StorageWeakRef(storage),
-            storage.data_ptr(),
-            y.dtype,
-            y._version,
-        )
-        self.apply = apply
-        # x may be an earlier layer's y: then this recipe holds that recipe.
-        self.inputs = [None if t is None else _pack(t) for t in inputs]
-        self.y = None
+        self.storage, self.address = StorageWeakRef(storage), storage.data_ptr()
+        self.dtype, self.version = y.dtype, y._version
+        self.apply, self.inputs = apply, inputs
+        self.chain = chain  # how many recipes have to follow each other, this one included
+        self.y: torch.Tensor | None = None
 
-    def makes(self, t):
+    def makes(self, t: torch.Tensor) -> bool:
         """Whether ``t`` is the y, or a view of it, and has not been changed in place."""
         return (
             not self.storage.expired()
@@ -125,7 +176,7 @@ class _Recipe:
             and t._version == self.version
         )
 
-    def result(self):
+    def result(self) -> torch.Tensor:
         """y. It stays until all who asked for the recipe have let it go, as long as y itself would have."""
         if self.y is None:
             self.y = self.apply(*(None if packed is None else packed.unpack() for packed in self.inputs))
@@ -135,23 +186,27 @@ class _Recipe:
 class _Recomputed:
     """A tensor that a recipe makes."""
 
-    def __init__(self, recipe, t):
+    __slots__ = "geometry", "recipe"
+
+    def __init__(self, recipe: _Recipe, t: torch.Tensor) -> None:
         self.recipe = recipe
         self.geometry = t.size(), t.stride(), t.storage_offset()
 
-    def unpack(self):
+    def unpack(self) -> torch.Tensor:
         return self.recipe.result().as_strided(*self.geometry)
 
 
 class _Kept:
     """A tensor that is kept; with hooks autograd itself no longer watches over changes in place."""
 
-    def __init__(self, t):
+    __slots__ = "tensor", "version"
+
+    def __init__(self, t: torch.Tensor) -> None:
         # t may be the very output of the node that keeps this: without detach a cycle, which nobody collects in time.
         self.tensor = t.detach()
         self.version = t._version
 
-    def unpack(self):
+    def unpack(self) -> torch.Tensor:
         if self.tensor._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
@@ -161,19 +216,20 @@ class _Kept:
         return self.tensor
 
 
-def _pack(t):
-    if type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided:
+def _pack(t: torch.Tensor) -> _Recomputed | _Kept:
+    # Parameters, indices and the like are no output of a layer that wants a gradient: not worth a look.
+    if t.grad_fn is not None and type(t) is torch.Tensor and t.layout is torch.strided:
         recipe = _recipes.get(t.untyped_storage()._cdata)
         if recipe is not None and recipe.makes(t):
             return _Recomputed(recipe, t)
     return _Kept(t)
 
 
-def _unpack(packed):
+def _unpack(packed: _Recomputed | _Kept) -> torch.Tensor:
     return packed.unpack()
 
 
-def checkpoint_policy(context, op, *args, **kwargs):
+def checkpoint_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
     """A policy of selective checkpointing: what is expensive is saved, normalisation and activations are recomputed.
 
     Saved are convolutions, matrix products and attention; all else, fused layers among it, is computed again. A fused

@@ -5,29 +5,32 @@ function is differentiable. An activation is a pair ``forward(z)``, ``backward(z
 piecewise-linear one is selected, not multiplied, so that an infinite ``dy`` over its dead region gives 0.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 
-def _zero_where(dead, dy):
+def _zero_where(dead: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     return torch.where(dead, torch.zeros_like(dy), dy)
 
 
-def _silu_backward(z, dy):
+def _silu_backward(z: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     s = torch.sigmoid(z)
     return dy * (s * (1 + z * (1 - s)))
 
 
-def _sigmoid_backward(z, dy):
+def _sigmoid_backward(z: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     s = torch.sigmoid(z)
     return dy * (s * (1 - s))
 
 
-def _hardswish_backward(z, dy):
+def _hardswish_backward(z: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     middle = torch.where(z < 3, dy * (z / 3 + 0.5), dy)
     return _zero_where(z <= -3, middle)
 
 
-FORWARD = {
+FORWARD: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     None: lambda z: z,
     "relu": lambda z: torch.where(z < 0, torch.zeros_like(z), z),
     "relu6": lambda z: torch.where(z < 0, torch.zeros_like(z), torch.where(z > 6, torch.full_like(z, 6), z)),
@@ -37,7 +40,7 @@ FORWARD = {
     "leaky_relu": lambda z: torch.where(z > 0, z, z * 0.01),
 }
 
-BACKWARD = {
+BACKWARD: dict[str | None, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     None: lambda z, dy: dy,
     "relu": lambda z, dy: _zero_where(z <= 0, dy),
     "relu6": lambda z, dy: _zero_where((z <= 0) | (z >= 6), dy),
@@ -48,38 +51,40 @@ BACKWARD = {
 }
 
 
-def _wide(*tensors):
+def _wide(*tensors: torch.Tensor | None) -> list[Any]:
     """16-bit floats as float32, None as None."""
     return [t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
-def _rounded(z, dtype):
+def _rounded(z: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """``z`` as it is in an output of ``dtype``: where the output is at a kink, so is the gradient."""
     return z.to(dtype).to(z.dtype)
 
 
-def _per_channel(t, x):
+def _per_channel(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A ``(C,)`` tensor, shaped to broadcast over ``(N, C, *)``."""
     return t.view(-1, *(1,) * (x.dim() - 2))
 
 
-def _affine(x_hat, weight, bias):
+def _affine(x_hat: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
     z = x_hat if weight is None else x_hat * _per_channel(weight, x_hat)
     return z if bias is None else z + _per_channel(bias, x_hat)
 
 
-def _channel_sum(t):
+def _channel_sum(t: torch.Tensor) -> torch.Tensor:
     return t.sum([0, *range(2, t.dim())])
 
 
-def batch_statistics(x):
+def batch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance of each channel of ``(N, C, *)``."""
     dims = [0, *range(2, x.dim())]
     mean = x.mean(dims)
     return mean, (x - _per_channel(mean, x)).square().mean(dims)
 
 
-def running_statistics(x, running_mean, running_var, momentum):
+def running_statistics(
+    x: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, momentum: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What training on ``x`` makes of the running statistics: ``(1 - momentum) * running + momentum * batch``."""
     if x.numel() == 0:
         return running_mean, running_var
@@ -91,7 +96,16 @@ def running_statistics(x, running_mean, running_var, momentum):
     )
 
 
-def batch_norm_act(x, weight, bias, residual, mean, var, eps, activation):
+def batch_norm_act(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    activation: str | None,
+) -> torch.Tensor:
     """``activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``."""
     x_hat = (x - _per_channel(mean, x)) * _per_channel((var + eps).rsqrt(), x)
     z = _affine(x_hat, weight, bias)
@@ -99,8 +113,18 @@ def batch_norm_act(x, weight, bias, residual, mean, var, eps, activation):
 
 
 def batch_norm_act_backward(
-    dy, x, weight, bias, residual, mean, invstd, training, eps, activation, pre_activation=None
-):
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    training: bool,
+    eps: float,
+    activation: str | None,
+    pre_activation: str | None = None,
+) -> Any:
     """(dx, dweight, dbias, dresidual) of batch_norm_act; in training the statistics are functions of ``x``.
 
     dx = weight * invstd * (dz - mean(dz) - x_hat * mean(dz * x_hat)), without the two means in evaluation; where
@@ -127,27 +151,42 @@ def batch_norm_act_backward(
     return tuple(grad if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
 
 
-def group_statistics(x, num_groups):
+def group_statistics(x: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance of each group, ``(N, num_groups)``."""
     groups = x.reshape(x.shape[0], num_groups, -1)
     mean = groups.mean(2)
     return mean, (groups - mean.unsqueeze(2)).square().mean(2)
 
 
-def _per_group(t, x):
+def _per_group(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """An ``(N, G)`` tensor, repeated to broadcast over ``(N, C, *)``."""
     channels = x.shape[1] // t.shape[1]
     return t.repeat_interleave(channels, 1).view(*x.shape[:2], *(1,) * (x.dim() - 2))
 
 
-def group_norm_act(x, num_groups, weight, bias, eps, activation):
+def group_norm_act(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> torch.Tensor:
     """``activation((x - mean) / sqrt(var + eps) * weight + bias)`` with the statistics of each group."""
     mean, var = group_statistics(x, num_groups)
     x_hat = (x - _per_group(mean, x)) * _per_group((var + eps).rsqrt(), x)
     return FORWARD[activation](_affine(x_hat, weight, bias))
 
 
-def group_norm_act_backward(dy, x, weight, bias, num_groups, eps, activation):
+def group_norm_act_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str | None,
+) -> Any:
     """(dx, dweight, dbias) of group_norm_act.
 
     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) with g = dz * weight and the means over a group.
@@ -160,7 +199,7 @@ def group_norm_act_backward(dy, x, weight, bias, num_groups, eps, activation):
     dz = BACKWARD[activation](_rounded(_affine(x_hat, weight, bias), dtypes[0]), dy)
     g = dz if weight is None else dz * _per_channel(weight, x)
 
-    def group_mean(t):
+    def group_mean(t: torch.Tensor) -> torch.Tensor:
         return _per_group(t.reshape(t.shape[0], num_groups, -1).mean(2), t)
 
     grads = [

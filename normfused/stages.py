@@ -5,13 +5,18 @@ counted in S, the size of x. Together the stages move 3 S forward, as kernels of
 PyTorch's kernel reads x twice for the statistics), and 6 S backward, where those would move 5.
 """
 
+from typing import TypeAlias, cast
+
 import torch
 
 from . import native, reference
 from .backends import OPERATORS
 
+# dx, dweight, dbias, dresidual
+Gradients: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-def statistics(x):
+
+def statistics(x: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
     """(count, mean, m2) of each channel of ``x``: a number, and the mean and the sum of squared deviations from it."""
     count = x.numel() // x.shape[1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -24,7 +29,9 @@ def statistics(x):
     return count, mean, var * count
 
 
-def combine(counts, means, m2s):
+def combine(
+    counts: torch.Tensor, means: torch.Tensor, m2s: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(count, mean, m2) of several parts together; ``counts (W, 1)``, ``means`` and ``m2s`` ``(W, C)``.
 
     The formula of Chan, Golub & LeVeque (1979) for W parts at once, summed in their order. Means are taken relative to
@@ -38,12 +45,21 @@ def combine(counts, means, m2s):
     return count, mean, m2
 
 
-def scale(weight, invstd):
+def scale(weight: torch.Tensor | None, invstd: torch.Tensor) -> torch.Tensor:
     """``invstd * weight``, rounded as the operators round it."""
     return invstd if weight is None else invstd * weight.to(invstd.dtype)
 
 
-def apply(x, scale, bias, residual, mean, activation, backend, pre_activation=None):
+def apply(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    activation: str | None,
+    backend: str,
+    pre_activation: str | None = None,
+) -> torch.Tensor:
     """``activation((x' - mean) * scale + bias + residual)``, bit-equal to the y of the forward that found ``mean``.
 
     ``x'`` is ``pre_activation(x)``, which only a backend that fuses it takes.
@@ -55,18 +71,32 @@ def apply(x, scale, bias, residual, mean, activation, backend, pre_activation=No
         bias = None if bias is None else bias.to(mean.dtype)
         return native.batch_norm_act(x, mean, ones, None, scale, bias, False, 0.0, 0.0, activation, residual, None)
     arguments = (x, scale, bias, residual, mean, ones, None, False, 0.0, 0.0, activation, pre_activation)
-    return OPERATORS[backend].batch_norm_act(*arguments)[0]
+    y: torch.Tensor = OPERATORS[backend].batch_norm_act(*arguments)[0]
+    return y
 
 
-def backward_reduce(dy, x, weight, bias, residual, mean, invstd, activation, backend, need_dx, need_dresidual):
+def backward_reduce(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    activation: str | None,
+    backend: str,
+    need_dx: bool,
+    need_dresidual: bool,
+) -> Gradients:
     """(dx as if mean and invstd were constants, dweight, dbias, dresidual) of this ``x`` alone.
 
     Moves 3 S, and 1 more for dresidual.
     """
     if backend == "torch":
-        wide = [None if t is None else t.to(mean.dtype) for t in (weight, bias)]
-        return reference.batch_norm_act_backward(dy, x, *wide, residual, mean, invstd, False, 0.0, activation)
-    return OPERATORS[backend].batch_norm_act_backward(
+        weight, bias = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
+        arguments = (dy, x, weight, bias, residual, mean, invstd, False, 0.0, activation)
+        return cast(Gradients, reference.batch_norm_act_backward(*arguments))
+    gradients: Gradients = OPERATORS[backend].batch_norm_act_backward(
         dy,
         x,
         weight,
@@ -82,9 +112,20 @@ def backward_reduce(dy, x, weight, bias, residual, mean, invstd, activation, bac
         True,
         need_dresidual,
     )
+    return gradients
 
 
-def backward_apply(frozen_dx, x, weight, mean, invstd, dweight, dbias, count, backend):
+def backward_apply(
+    frozen_dx: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    dweight: torch.Tensor,
+    dbias: torch.Tensor,
+    count: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
     """``dx = frozen_dx - scale * (dbias + x_hat * dweight) / count``, the sums and the count of the whole batch.
 
     An affine map of x plus a residual. Moves 3 S; in 16 bits frozen_dx is a rounding more, no larger than dy's own.

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Read when triton is imported: without a GPU its kernels run on the CPU, in its interpreter.
 if not torch.accelerator.is_available():
@@ -17,6 +18,9 @@ import emulated_operators
 
 import normfused
 from normfused import backends
+
+# Here, where pytest finds it before it looks for what --hypothesis-profile names.
+settings.register_profile("deep", max_examples=5000, derandomize=False, print_blob=True)
 
 # Why a backend cannot run on this machine (None: it can), by name. "emulated": the CUDA operators, by the emulator.
 WHY_NOT = {

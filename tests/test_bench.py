@@ -13,7 +13,6 @@ import torch
 import normfused
 from bench import cases, check, memory, ops, providers, report, timing, training
 from bench.__main__ import main
-from bench.mobilenet_v2 import MobileNetV2
 
 MIB = 1 << 20
 
@@ -114,7 +113,7 @@ def test_the_better_peer_decides_what_is_lost():
         (["ops", "--family", "tiny", "--mode", "forward"], "no case is left"),
         (["ops", "--family", "group_norm", "--shape", "48,8"], "48 channels do not divide into 32 groups"),
         (["demo", "--steps", "0"], "expected a positive number"),
-        ([], "the following arguments are required: command"),
+        ([], "the following arguments are required: COMMAND"),
     ],
 )
 def test_wrong_arguments_end_with_a_message(arguments, message, capsys):
@@ -340,7 +339,9 @@ def test_interleaved_timing_with_a_known_clock():
     timers = {name: timing.HostTimer(function, clock=lambda: now) for name, function in functions.items()}
     # Of these calls only what comes after the setup counts.
     timers["half"] = timing.HostTimer(lambda _: takes(0.25)(), takes(0.25), clock=lambda: now)
-    timings, failures = timing.interleave(timers, 6.0, clock=lambda: now)
+    timings, failures = timing.interleave(
+        timers, 18.0, clock=lambda: now
+    )  # a round takes 3: each block comes after two calls
     assert timings["slow"].median == pytest.approx(0.5)
     assert timings["fast"].median == pytest.approx(1e-4)
     assert timings["slow"].repeats == 1
@@ -462,33 +463,3 @@ def test_a_short_demo(tmp_path, capsys):
         assert model["peak_bytes"] > 0
         assert 0 <= model["accuracy"] <= 1
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_model_measures_every_variant_on_a_small_one(tmp_path, monkeypatch):
-    from bench import model
-
-    monkeypatch.setitem(model.MODELS, "mobilenet_v2", lambda classes: MobileNetV2(classes, width=0.25))
-    arguments = ["model", "--size", "32", "--batch", "2", "--steps", "2", "--layout", "contiguous"]
-    variants = [name for name in model.VARIANTS if "compile" not in name]
-    assert main([*arguments, "--variant", *variants, "--out", str(tmp_path)]) == 0
-    rows = {row["variant"]: row for row in json.loads((tmp_path / "model.json").read_text())["rows"]}
-    assert [row["failure"] for row in rows.values()] == [None] * len(variants)
-    kept = {name: row["kept_bytes"] for name, row in rows.items()}
-    # The convolutions keep no output of a fused layer, checkpoints keep the inputs of blocks alone.
-    assert kept["normfused-recompute"] < 0.75 * kept["normfused"] <= 0.75 * kept["native"]
-    assert kept["native-checkpoint"] < kept["native"] / 2
-    page = (tmp_path / "model.md").read_text()
-    assert all(name in page for name in variants)
-
-
-def test_model_tells_why_a_variant_failed(tmp_path, monkeypatch):
-    from bench import model
-
-    def fail(_):
-        raise RuntimeError("no compiler here")
-
-    monkeypatch.setitem(model.VARIANTS, "native-compile", model.Variant("compiled", fail))
-    monkeypatch.setitem(model.MODELS, "mobilenet_v2", lambda classes: MobileNetV2(classes, width=0.25))
-    arguments = ["model", "--size", "32", "--batch", "2", "--steps", "1", "--layout", "contiguous"]
-    assert main([*arguments, "--variant", "native", "native-compile", "--out", str(tmp_path)]) == 0
-    assert "failed: RuntimeError: no compiler here" in (tmp_path / "model.md").read_text()

@@ -1,10 +1,13 @@
 """What setup.py decides, and the package as it installs where there is no compiler."""
 
+import importlib.metadata
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import types
 from pathlib import Path
 from unittest import mock
@@ -33,10 +36,40 @@ def test_no_compiler_installs_pure_python_and_says_so():
     assert "no-such-compiler" in result.stdout
 
 
+@pytest.mark.parametrize("command", ["egg_info", "dist_info"])
+def test_what_pip_asks_for_before_the_build_is_answered_in_silence(command, tmp_path):
+    option = {"egg_info": "--egg-base", "dist_info": "--output-dir"}[command]
+    result = run_setup(command, option, str(tmp_path), CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    assert "installing without" not in result.stdout
+
+
 def test_a_compiler_that_compiles_nothing_counts_as_none():
     result = run_setup("--name", CXX="false")
     assert result.returncode == 0
     assert "cannot compile" in result.stdout
+
+
+def test_without_pythons_headers_nothing_is_compiled_and_they_are_named(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *Python.h*) exit 1;; esac\n')
+    compiler.chmod(0o755)
+    result = run_setup("--name", CXX=str(compiler))
+    assert result.returncode == 0
+    assert "python3-dev" in result.stdout
+
+
+@pytest.mark.parametrize("missing", ["torch", "ninja"])
+def test_what_the_build_lacks_is_named(tmp_path, missing):
+    # As with --no-build-isolation where nobody installed it: torch, or what torch says of a build that failed.
+    (tmp_path / "torch").mkdir()
+    error = "ModuleNotFoundError(\"No module named 'torch'\")" if missing == "torch" else "RuntimeError('no ninja')"
+    (tmp_path / "torch/__init__.py").write_text(f"raise {error}\n")
+    result = run_setup("build_ext", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert result.stderr.startswith("normfused is not built: ")
+    assert missing in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.fixture
@@ -100,7 +133,10 @@ def test_gpus_that_are_too_old_are_left_out(cuda_target):
     ],
 )
 def test_why_cuda_is_not_built_is_said_once_and_force_cuda_makes_it_fail(cuda_target, capsys, options, reason):
-    assert reason in cuda_target(**options)[1]["why_not"]
+    flags, cuda = cuda_target(**options)
+    assert reason in cuda["why_not"]
+    # info() must not take for built what is only asked for.
+    assert (flags, cuda["archs"]) == ([], "")
     # Whoever has no CUDA or does not want it need not be told.
     chosen = "torch_cuda" in options or "USE_CUDA" in options
     assert capsys.readouterr().out.count("installing without the CUDA kernels") == (0 if chosen else 1)
@@ -160,3 +196,44 @@ def test_without_the_core_the_first_call_may_be_a_compiled_one(pure_python):
 def test_python_m_normfused_prints_info():
     result = subprocess.run([sys.executable, "-m", "normfused"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert f'"version": "{normfused.__version__}"' in result.stdout
+
+
+def test_import_is_quick_and_initialises_nothing():
+    code = (
+        "import sys, time, torch\n"
+        "start = time.process_time()\n"
+        "import normfused\n"
+        "print(time.process_time() - start)\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code]
+    runs = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3))
+    assert any(float(run.stdout) <= 0.1 for run in runs)
+
+
+def test_the_source_distribution_is_complete(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("normfused", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # As from an environment with nothing but setuptools.
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist"], cwd=tmp_path, env=os.environ | {"CXX": "false"}, check=True
+    )
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    sources = {str(p.relative_to(tmp_path)) for p in (tmp_path / "csrc").rglob("*.*")}
+    assert sources <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "normfused/py.typed"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def test_the_version_has_one_source():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert metadata["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "normfused.version.__version__"}
+    assert importlib.metadata.version("normfused") == normfused.__version__
+    # Semantic versioning, as packaging writes it: 1.2.3, 1.2.3rc1, 1.2.3.dev0.
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?(\.dev\d+)?", normfused.__version__)

@@ -292,6 +292,31 @@ def test_residual_blocks(model, outcomes):
     assert_converts(model(), outcomes, x4())
 
 
+def with_hook(module):
+    module.register_forward_hook(lambda module, args, output: args[0])
+    return module
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.SiLU(), nn.Conv2d(4, 4, 1)), ADD_RELU),
+        (lambda: nn.Sequential(nn.SiLU(), nn.Sequential(nn.Conv2d(4, 4, 1))), ADD_RELU),
+        # What these put out may be x itself.
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Identity()), "which could wait for the sum"),
+        (lambda: nn.Sequential(), "which could wait for the sum"),
+        (lambda: with_hook(nn.Sequential(nn.Conv2d(4, 4, 1))), "which could wait for the sum"),
+    ],
+)
+def test_sum_after_the_convolution_of_a_sequential(body, outcome):
+    model = model_with_forward("return F.relu(self.bn(self.body(x)) + x)")
+    model.body = body()
+    model.double()
+    native = copy.deepcopy(model)
+    assert outcome in convert(model)["bn"]
+    assert_same(model, native)
+
+
 def test_of_two_normalised_operands_the_first_takes_the_sum():
     class Model(Bottleneck):
         def forward(self, x):

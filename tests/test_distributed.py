@@ -336,15 +336,53 @@ def test_a_group_of_one_synchronises_nothing(pools):
     assert all(pools[2].run(in_a_group_of_one))
 
 
-def differentiated_twice():
-    x = randn(3, 5, seed=dist.get_rank()).requires_grad_()
-    with pytest.raises(RuntimeError, match="gradient of its gradient"):
-        torch.autograd.grad(SyncBatchNormAct(5, activation="silu")(x).sum(), x, create_graph=True)
-    return True
+def second_derivatives(y, tensors):
+    """Of a loss that depends on the gradients of all."""
+    first = torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+    return torch.autograd.grad(sum(grad.square().sum() for grad in first[:2]), tensors)
 
 
-def test_double_backward_raises(pools):
-    assert all(pools[2].run(differentiated_twice))
+def differentiated_twice(case):
+    tensors = [None if t is None else case.part(t, dist.get_rank()).requires_grad_() for t in case.tensors(0)]
+    x, _, residual = tensors
+    layer = case.layer(SyncBatchNormAct, activation=case.activation)
+    return second_derivatives(layer(x, residual), [x] if residual is None else [x, residual])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+def test_double_backward(ranks, affine, residual):
+    sizes = sizes_for(ranks.world_size)["an empty rank"]
+    case = Case(sizes, activation="silu", dtype=torch.float64, residual=residual, affine=affine)
+    x, _, residual = case.tensors(0)
+    layer = case.layer(nn.BatchNorm2d)
+    tensors = [t.requires_grad_() for t in (x, residual) if t is not None]
+    z = layer(x)
+    expected = second_derivatives(F.silu(z if residual is None else z + residual), tensors)
+    results = ranks.run(differentiated_twice, case)
+    for actual, whole in zip(zip(*results, strict=True), expected, strict=True):
+        torch.testing.assert_close(torch.cat(actual), whole)
+
+
+def compiled(case):
+    """The number of graph breaks of a layer that gives the same compiled and not."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(5, 5, 1), case.layer(SyncBatchNormAct, activation="relu6"))
+    other = copy.deepcopy(model)
+    x = case.part(case.tensors(0)[0], dist.get_rank())
+    breaks = torch._dynamo.explain(copy.deepcopy(model))(x).graph_break_count
+    for _ in range(STEPS):
+        for forward in (torch.compile(model, backend="aot_eager"), other):
+            forward.zero_grad()
+            forward(x).square().sum().backward()
+    for mine, others in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, others.grad)
+    torch.testing.assert_close(state(model), state(other))
+    return breaks
+
+
+def test_compiles_without_graph_breaks(pools):
+    assert pools[2].run(compiled, Case((2, 3))) == [0, 0]
 
 
 def wrong_arguments():

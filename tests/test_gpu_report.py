@@ -47,7 +47,7 @@ def test_a_run_without_a_gpu(tmp_path, capsys):
         <= names
         <= {
             *("report.json", "report.csv", "report.md", "log.txt"),
-            *("bandwidth.png", "speedup.png"),
+            *("roofline.png", "layers.png"),
         }
     )
     page = (tmp_path / "report.md").read_text()

@@ -27,8 +27,6 @@ VALUES = (
 )
 MOST_ELEMENTS, MOST_INTERPRETED = 1 << 14, 1 << 10
 
-settings.register_profile("deep", max_examples=5000, derandomize=False, print_blob=True)
-
 
 def values(kind, shape, dtype, seed):
     x = randn(*shape, seed=seed)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from convert_models import Bottleneck, FunctionalBlock, MobileNet, convert
 from helpers import randn
 from torch import nn
+from torch._inductor.utils import run_fw_bw_and_get_code
 
 import normfused
 from normfused import BatchNormAct1d, BatchNormAct2d, GroupNormAct
@@ -62,6 +64,20 @@ def test_compiles_without_graph_breaks(models, training):
     assert_close(*outputs)
     assert_close(*([p.grad for p in model.parameters()] for model in models))
     assert_close(*(list(model.buffers()) for model in models))
+
+
+@ours
+def test_inductor_copies_nothing_around_a_layer():
+    """Its convolutions are channels_last whatever the model is; our kernels read what they put out, as it is."""
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False), BatchNormAct2d(16), nn.Conv2d(16, 8, 3, bias=False))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+        y, (forward, backward) = run_fw_bw_and_get_code(lambda: compiled(randn(4, 8, 12, 12)))
+    assert re.search(r"(buf\d+) = extern_kernels.convolution\(.*batch_norm_act.default\(\1, ", forward, re.DOTALL)
+    given = re.search(r"batch_norm_act_backward.default\((\w+), (\w+), ", backward)
+    assert re.search(rf"{given[1]} = buf\d+\[0\]\n.*'torch.ops.aten.convolution_backward.default'", backward)
+    assert re.search(rf"assert_size_stride\({given[2]}, .*'input'\)", backward)
+    assert_close(y, model(randn(4, 8, 12, 12)))
 
 
 # torch.export

@@ -16,9 +16,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import normfused
-from bench.memory import peak_memory
+from bench.memory import kept_memory, peak_memory
 from bench.mobilenet_v2 import MobileNetV2
-from normfused import BatchNormAct2d, GroupNormAct, functional, recompute, recompute_activations
+from bench.resnet import ResNet50
+from normfused import BatchNormAct2d, GroupNormAct, functional, recompute
+
+# Tests are small.
+recompute_activations = functools.partial(normfused.recompute_activations, min_bytes=0)
 
 
 @pytest.fixture
@@ -287,6 +291,56 @@ def test_parameters_may_change_before_the_backward_pass():
     assert torch.equal(keeper.back[0], expected)
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_a_share_is_recomputed(clean, share, expected):
+    x = randn(2, 3, 4, 4).requires_grad_()
+    layers = nn.Sequential(*(BatchNormAct2d(3) for _ in range(8)))
+    with recompute_activations(share):
+        y = layers(x)
+        assert recipes() == expected
+    del y
+
+
+def test_small_outputs_are_kept(clean):
+    x, layer = randn(2, 3, 4, 4).requires_grad_(), BatchNormAct2d(3)
+    with normfused.recompute_activations():
+        y = layer(x)
+        assert not recipes()
+    with recompute_activations(min_bytes=y.nbytes):
+        z = layer(x)
+        assert recipes() == 1
+    del y, z
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_wrong_shares_raise(share):
+    with pytest.raises(ValueError, match="share must be from 0 to 1"), recompute_activations(share):
+        pass
+    assert recompute.local.depth == 0
+
+
+def test_chains_are_cut(clean):
+    """Residual blocks in a row: each output takes the one before it, so that one in between is kept."""
+    layers = nn.ModuleList(BatchNormAct2d(3, activation="relu") for _ in range(40))
+    other = copy.deepcopy(layers)
+    chains = []
+
+    def forward(layers, x, less):
+        with recompute_activations() if less else contextlib.nullcontext():
+            for layer in layers:
+                x = layer(x * 1, x)
+                if less and (recipe := recompute._recipes.get(x.untyped_storage()._cdata)):
+                    chains.append(recipe.chain)
+        return x
+
+    x = randn(2, 3, 4, 4)
+    outs = [forward(model, x, less).sum() for model, less in ((layers, True), (other, False))]
+    assert (len(chains), max(chains)) == (38, 16)
+    for out in outs:
+        out.backward()
+    assert_equal([p.grad for p in layers.parameters()], [p.grad for p in other.parameters()])
+
+
 # Edits in place, reused memory
 
 
@@ -472,6 +526,15 @@ def test_mobilenet_needs_35_percent_less(channels_last):
     model.zero_grad()
     whole = peak_memory(step(native_model, lambda model, x: model(x)))
     assert peak_memory(step(model, recomputed)) < 0.75 * whole
+
+
+def test_resnet_needs_35_percent_less():
+    native_model = ResNet50(classes=10).to(memory_format=torch.channels_last)
+    x = randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
+    model = normfused.convert(copy.deepcopy(native_model))
+    native_model(x), recomputed(model, x)  # oneDNN's weights in its own order
+    native_bytes = kept_memory(lambda: native_model(x))
+    assert kept_memory(lambda: recomputed(model, x)) < 0.65 * native_bytes
 
 
 # Together with others

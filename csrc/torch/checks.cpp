@@ -40,9 +40,7 @@ bool has_channels_last_strides(const int64_t* sizes, const int64_t* strides, int
 }
 
 // Not torch::stable::copy_, which looks the operator up by its name on every call (5 us).
-void copy(const Tensor& to, const Tensor& from) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
-}
+void copy(const Tensor& to, const Tensor& from) { TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0)); }
 
 Tensor empty_dense(const Tensor& like, bool channels_last, ScalarType scalar_type) {
   const auto sizes = like.sizes();
@@ -76,7 +74,7 @@ bool parse_dtype(ScalarType scalar_type, Dtype& dtype) {
 Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType scalar_type,
                      const Tensor& like) {
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   if (aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(scalar_type), device_type,
                                like.get_device_index(), &handle) != AOTI_TORCH_SUCCESS) {

@@ -19,10 +19,10 @@ struct torch::stable::detail::ToImpl<normfused::binding::String> {
     const StringHandle handle = torch::stable::detail::to<StringHandle>(value);
     size_t length;
     const char* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
     normfused::binding::String string(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
     return string;
   }
 };

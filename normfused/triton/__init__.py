@@ -3,6 +3,8 @@
 Imported when a tensor is first served by Triton: importing normfused does not import triton.
 """
 
+from typing import Any
+
 import torch
 
 from .. import ops
@@ -15,7 +17,7 @@ FUSES_PRE_ACTIVATION = ()
 def _register(function, fake, mutates_args=()):
     """Register an operator; torch.compile sees the kernels inside of it, unless they are interpreted."""
     name = f"normfused_triton::{function.__name__}"
-    register = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+    register: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
     register(name, function, mutates_args=mutates_args).register_fake(fake)
     return getattr(torch.ops.normfused_triton, function.__name__).default
 

@@ -146,7 +146,7 @@ def batch_norm_act(
         run_forward(x, residual, weight, bias, y, mean, invstd, extent, eps, activation, running)
         if running is not None:
             for statistic, written in ((running_mean, running[0]), (running_var, running[1])):
-                if written is not statistic:
+                if statistic is not None and written is not statistic:
                     statistic.copy_(written)
     return y, mean, invstd
 

@@ -35,6 +35,7 @@ class BatchNormForwardDriver {
         partition_(batch_norm_partition(e_)),
         workspace_(args.workspace, partition_, e_),
         functions_(args.activation, args.residual != nullptr),
+        second_pass_(second_pass<T>(partition_, e_, args.residual ? 2 : 1, args.residual ? 3 : 2)),
         x_(static_cast<const T*>(args.x)),
         residual_(static_cast<const T*>(args.residual)),
         y_(static_cast<T*>(args.y)),
@@ -94,7 +95,13 @@ class BatchNormForwardDriver {
   PlaneParameters<A> plane_parameters(int64_t c) const { return {mean_[c], scale(c), bias(c), 0, 0, 0}; }
 
   void apply_plane(int64_t c, int64_t at, int64_t n) {
-    functions_.plane.apply(x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, 1, n, n, plane_parameters(c));
+    const PlaneParameters<A> p = plane_parameters(c);
+    for (int64_t i = at; i < at + n; i += kTile) {
+      const int64_t count = minimum(kTile, at + n - i);
+      write(y_ + i, count, second_pass_.streams, [&](T* y) {
+        functions_.plane.apply(x_ + i, residual_ ? residual_ + i : nullptr, y, 1, count, count, second_pass_.ahead, p);
+      });
+    }
   }
 
   void planes() {
@@ -135,9 +142,12 @@ class BatchNormForwardDriver {
   // Normalise rows of a panel that starts at element `at`.
   void apply_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p) {
     const int64_t stride = partition_.cols;
-    for_each_strip(rows, cols, [&](int64_t row, int64_t count) {
+    for_each_strip(rows, second_pass_.strip(cols, stride), [&](int64_t row, int64_t count) {
       const int64_t i = at + row * stride;
-      functions_.columns.apply(x_ + i, residual_ ? residual_ + i : nullptr, y_ + i, count, cols, stride, p);
+      write(y_ + i, count * cols, second_pass_.streams, [&](T* y) {
+        functions_.columns.apply(x_ + i, residual_ ? residual_ + i : nullptr, y, count, cols, stride,
+                                 second_pass_.ahead, p);
+      });
     });
   }
 
@@ -189,8 +199,8 @@ class BatchNormForwardDriver {
     for_each(partition_.tasks, [&](int64_t task) {
       // From the last task to the first: the end of the input is what the cache still holds.
       const int64_t t = partition_.tasks - 1 - task;
-      for (int64_t c = 0; c < cols; c += panel) {
-        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(panel, cols - c), p.from(c));
+      for (int64_t c = 0; c < cols; c += kTile) {
+        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(kTile, cols - c), p.from(c));
       }
     });
   }
@@ -201,6 +211,7 @@ class BatchNormForwardDriver {
   const Partition partition_;
   const BatchNormWorkspace<A> workspace_;
   const TileFunctions<T, true> functions_;
+  const SecondPass second_pass_;
   const T *x_, *residual_;
   T* y_;
   const A *weight_, *bias_;
@@ -219,6 +230,7 @@ class BatchNormBackwardDriver {
         partition_(batch_norm_partition(e_)),
         workspace_(args.workspace, partition_, e_),
         functions_(args.activation, args.residual != nullptr),
+        second_pass_(second_pass<T>(partition_, e_, args.residual ? 3 : 2, args.residual ? 5 : 3)),
         dy_(static_cast<const T*>(args.dy)),
         x_(static_cast<const T*>(args.x)),
         residual_(static_cast<const T*>(args.residual)),
@@ -277,15 +289,18 @@ class BatchNormBackwardDriver {
                          sum_dz_deviation);
   }
 
-  // dx and dresidual of rows x cols elements from `at` on.
+  // dx and dresidual of rows x cols elements from `at` on: adjacent ones where they are streamed.
   template <class Functions, class P>
   void apply(const Functions& functions, int64_t at, int64_t rows, int64_t cols, int64_t stride, const P& p) {
     if (dx_) {
       const auto backward = args_.training ? functions.backward : functions.backward_frozen;
-      backward(x_ + at, dy_ + at, residual(at), dx_ + at, rows, cols, stride, p);
+      write(dx_ + at, rows * cols, second_pass_.streams,
+            [&](T* dx) { backward(x_ + at, dy_ + at, residual(at), dx, rows, cols, stride, second_pass_.ahead, p); });
     }
     if (dresidual_) {
-      functions.residual_gradient(x_ + at, dy_ + at, residual(at), dresidual_ + at, rows, cols, stride, p);
+      write(dresidual_ + at, rows * cols, second_pass_.streams, [&](T* dresidual) {
+        functions.residual_gradient(x_ + at, dy_ + at, residual(at), dresidual, rows, cols, stride, p);
+      });
     }
   }
 
@@ -354,7 +369,7 @@ class BatchNormBackwardDriver {
 
   void apply_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p) {
     const int64_t stride = partition_.cols;
-    for_each_strip(rows, cols, [&](int64_t row, int64_t count) {
+    for_each_strip(rows, second_pass_.strip(cols, stride), [&](int64_t row, int64_t count) {
       apply(functions_.columns, at + row * stride, count, cols, stride, p);
     });
   }
@@ -411,8 +426,8 @@ class BatchNormBackwardDriver {
     if (!applies_) return;
     for_each(partition_.tasks, [&](int64_t task) {
       const int64_t t = partition_.tasks - 1 - task;
-      for (int64_t c = 0; c < cols; c += panel) {
-        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(panel, cols - c), p.from(c));
+      for (int64_t c = 0; c < cols; c += kTile) {
+        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(kTile, cols - c), p.from(c));
       }
     });
   }
@@ -423,6 +438,7 @@ class BatchNormBackwardDriver {
   const Partition partition_;
   const BatchNormWorkspace<A> workspace_;
   const TileFunctions<T, true> functions_;
+  const SecondPass second_pass_;
   const T *dy_, *x_, *residual_;
   const A *weight_, *bias_, *mean_, *invstd_;
   T *dx_, *dresidual_;

@@ -1,7 +1,12 @@
 // Chooses the instruction set once, at load, and forwards the entry points to it.
 #include "../batch_norm.h"
 #include "../group_norm.h"
+#include "last_cache.h"
 #include "partition.h"
+
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 
 namespace normfused::cpu {
 
@@ -62,11 +67,23 @@ const Kernels* best() {
   return kernels;
 }
 
+int64_t find_last_cache_bytes() {
+  int64_t bytes = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+  return bytes > 0 ? bytes : int64_t{32} << 20;
+}
+
+const int64_t last_cache = find_last_cache_bytes();
+
 const Kernels* const chosen = best();
 // What a test may set with use_instruction_set.
 const Kernels* current = chosen;
 
 }  // namespace
+
+int64_t last_cache_bytes() { return last_cache; }
 
 const char* instruction_set() { return current->instruction_set; }
 

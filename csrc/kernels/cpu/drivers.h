@@ -2,7 +2,9 @@
 #pragma once
 
 #include "../dispatch.h"
+#include "last_cache.h"
 #include "moments.h"
+#include "partition.h"
 
 namespace normfused {
 namespace {
@@ -13,12 +15,14 @@ struct TileFunctions {
   using A = arithmetic_t<T>;
   template <class P>
   struct Elementwise {
-    void (*apply)(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t stride, const P&);
+    // `ahead` is where the elements are that are wanted next.
+    void (*apply)(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t stride, int64_t ahead,
+                  const P&);
     // dx in training (through the statistics) and in evaluation.
     void (*backward)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols, int64_t stride,
-                     const P&);
+                     int64_t ahead, const P&);
     void (*backward_frozen)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols,
-                            int64_t stride, const P&);
+                            int64_t stride, int64_t ahead, const P&);
     void (*residual_gradient)(const T* x, const T* dy, const T* residual, T* dresidual, int64_t rows, int64_t cols,
                               int64_t stride, const P&);
 
@@ -96,11 +100,79 @@ inline void add_partials(double* sums, int64_t tasks, int64_t n) {
   }
 }
 
-// Calls f(first row, rows) for strips of rows, short enough to stay in L2 between dx and dresidual.
+// Rows that stay in L2 between dx and dresidual.
+inline int64_t strip_in_cache(int64_t cols) { return maximum(16384 / cols, 1); }
+
+// Calls f(first row, rows) for strips of rows.
 template <class F>
-void for_each_strip(int64_t rows, int64_t cols, F f) {
-  const int64_t strip = maximum(16384 / cols, 1);
+void for_each_strip(int64_t rows, int64_t strip, F f) {
   for (int64_t r = 0; r < rows; r += strip) f(r, minimum(strip, rows - r));
+}
+
+// How the second pass, the one that writes, goes over its tensors.
+struct SecondPass {
+  int64_t ahead;  // elements to what it asks for
+  bool streams;   // past the caches
+
+  // Rows to take at a time. What is streamed is at most a tile of adjacent elements, and not much less: it is read back
+  // from L1 when its stores have got there.
+  int64_t strip(int64_t cols, int64_t stride) const {
+    if (!streams) return strip_in_cache(cols);
+    return cols == stride ? maximum(kTile / cols, 1) : 1;
+  }
+};
+
+// A task whose elements fit into half of L2 beside the next task's asks for those while it writes: memory is then read
+// and written at once. `tensors` are read.
+template <class T>
+int64_t ahead_in_second_pass(int64_t tensors, int64_t task_elements, int64_t next_task, int64_t within) {
+  constexpr int64_t kPipelinedBytes = int64_t{1} << 19;
+  return 2 * tensors * task_elements * static_cast<int64_t>(sizeof(T)) <= kPipelinedBytes ? next_task : within;
+}
+
+// What a call touches beyond a third of the last cache would not stay there for whoever reads the output. `tensors` are
+// read or written.
+template <class T>
+bool streams_output(const Extent& e, int64_t tensors) {
+  return tensors * e.numel() * static_cast<int64_t>(sizeof(T)) > cpu::last_cache_bytes() / 3;
+}
+
+// BatchNorm's: `tensors` are read, `all` read or written.
+template <class T>
+SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int64_t all) {
+  const auto ahead = [&](int64_t task_elements, int64_t next_task, int64_t within) {
+    return ahead_in_second_pass<T>(tensors, task_elements, next_task, within);
+  };
+  const bool streams = streams_output<T>(e, all);
+  switch (p.path) {
+    case Partition::Path::planes: {
+      const int64_t within = ahead_in_planes<T>(e);
+      // Planes are gone through from the last to the first.
+      return {ahead(e.N * e.S, e.S, within < e.S ? within : -within), streams};
+    }
+    case Partition::Path::split_planes: return {ahead_in_planes<T>(e), streams};
+    case Partition::Path::columns: return {ahead(p.rows * p.panel, p.panel, ahead_in_rows<T>(p.cols)), streams};
+    case Partition::Path::split_columns: break;
+  }
+  return {ahead_in_rows<T>(p.cols), streams};
+}
+
+// GroupNorm's; a contiguous group follows the one before.
+template <class T>
+SecondPass second_pass(const GroupPartition& p, const Extent& e, int64_t groups, int64_t tensors, int64_t all) {
+  const bool streams = streams_output<T>(e, all);
+  if (p.channels_last) return {ahead_in_rows<T>(e.C), streams};
+  const int64_t within = kAheadBytes / sizeof(T), size = groups > 0 ? e.C / groups * e.S : 0;
+  return {p.split ? within : ahead_in_second_pass<T>(tensors, size, size, within), streams};
+}
+
+// f(destination) writes n <= kTile elements: those of `to`, or memory in L1 that is then streamed to it.
+template <class T, class F>
+void write(T* to, int64_t n, bool streams, F f) {
+  if (!streams) return f(to);
+  alignas(64) T staged[kTile];
+  f(staged);
+  stream(staged, to, n);
 }
 
 // f(task) for every task in [0, tasks); in order, on this thread, where work (in elements) is not worth a second one.
@@ -115,6 +187,7 @@ void for_each_task(ParallelFor parallel_for, int64_t tasks, int64_t work, F f) {
       tasks,
       [](int64_t begin, int64_t end, void* context) {
         for (int64_t task = begin; task < end; ++task) (*static_cast<F*>(context))(task);
+        flush();
       },
       &f);
 }

@@ -17,13 +17,14 @@ class GroupNormDriver {
   using A = arithmetic_t<T>;
 
   template <class Args>
-  GroupNormDriver(const Args& args, ParallelFor parallel_for, A* mean, A* rstd)
+  GroupNormDriver(const Args& args, ParallelFor parallel_for, A* mean, A* rstd, int64_t tensors)
       : parallel_for_(parallel_for),
         e_(args.extent),
         G_(args.groups),
         D_(e_.C / args.groups),
         partition_(group_norm_partition(e_, args.groups)),
         functions_(args.activation, false),
+        second_pass_(second_pass<T>(partition_, e_, args.groups, tensors, tensors + 1)),
         x_(static_cast<const T*>(args.x)),
         weight_(static_cast<const A*>(args.weight)),
         bias_(static_cast<const A*>(args.bias)),
@@ -95,11 +96,35 @@ class GroupNormDriver {
 
   bool small_planes() const { return e_.S < 64; }
 
+  // Writes n elements from `at` on: f(begin, count, destination) those of a tile.
+  template <class F>
+  void write_plane(T* to, int64_t at, int64_t n, F f) const {
+    for (int64_t i = at; i < at + n; i += kTile) {
+      const int64_t count = minimum(kTile, at + n - i);
+      write(to + i, count, second_pass_.streams, [&](T* destination) { f(i, count, destination); });
+    }
+  }
+
+  // channels_last: writes the rows of a task; f(begin, rows, columns, destination, parameters) some of them.
+  template <class F>
+  void write_rows(T* to, int64_t task, F f) const {
+    const ColumnParameters<A> p = column_parameters(task / partition_.splits);
+    for (int64_t c = 0; c < e_.C; c += kTile) {
+      const int64_t cols = minimum(kTile, e_.C - c);
+      for_each_strip(row_count(task), second_pass_.strip(cols, e_.C), [&](int64_t row, int64_t count) {
+        const int64_t at = offset_of(task) + row * e_.C + c;
+        write(to + at, count * cols, second_pass_.streams,
+              [&](T* destination) { f(at, count, cols, destination, p.from(c)); });
+      });
+    }
+  }
+
   const ParallelFor parallel_for_;
   const Extent e_;
   const int64_t G_, D_;
   const GroupPartition partition_;
   const TileFunctions<T, false> functions_;
+  const SecondPass second_pass_;
   const T* x_;
   const A *weight_, *bias_;
   A *mean_, *rstd_;
@@ -110,12 +135,12 @@ class GroupNormDriver {
 template <class T>
 class GroupNormForwardDriver : GroupNormDriver<T> {
   using Base = GroupNormDriver<T>;
-  using Base::D_, Base::G_, Base::e_, Base::for_each, Base::partial_, Base::partition_, Base::x_;
+  using Base::D_, Base::G_, Base::e_, Base::for_each, Base::partial_, Base::partition_, Base::second_pass_, Base::x_;
   using typename Base::A;
 
  public:
   GroupNormForwardDriver(const GroupNormForward& args, ParallelFor parallel_for)
-      : Base(args, parallel_for, static_cast<A*>(args.mean), static_cast<A*>(args.rstd)),
+      : Base(args, parallel_for, static_cast<A*>(args.mean), static_cast<A*>(args.rstd), 1),
         y_(static_cast<T*>(args.y)),
         eps_(args.eps) {}
 
@@ -146,13 +171,16 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     if (this->small_planes()) {
       this->for_each_stretch(begin, end, parameters, [&](int64_t c, int64_t channels, const auto& p) {
         const int64_t at = (sample + c) * e_.S, cols = channels * e_.S;
-        this->functions_.columns.apply(x_ + at, nullptr, y_ + at, 1, cols, cols, p);
+        write(y_ + at, cols, second_pass_.streams,
+              [&](T* y) { this->functions_.columns.apply(x_ + at, nullptr, y, 1, cols, cols, second_pass_.ahead, p); });
       });
       return;
     }
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t at = (sample + c) * e_.S;
-      this->functions_.plane.apply(x_ + at, nullptr, y_ + at, 1, e_.S, e_.S, parameters(c));
+      const PlaneParameters<A> p = parameters(c);
+      this->write_plane(y_, (sample + c) * e_.S, e_.S, [&](int64_t at, int64_t count, T* y) {
+        this->functions_.plane.apply(x_ + at, nullptr, y, 1, count, count, second_pass_.ahead, p);
+      });
     }
   }
 
@@ -206,12 +234,8 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
       this->fill_sample_arrays(n);
     };
     const auto apply = [this](int64_t task) {
-      const ColumnParameters<A> p = this->column_parameters(task / partition_.splits);
-      this->for_each_panel([&](int64_t c, int64_t cols) {
-        for_each_strip(this->row_count(task), cols, [&](int64_t row, int64_t count) {
-          const int64_t at = this->offset_of(task) + row * e_.C + c;
-          this->functions_.columns.apply(x_ + at, nullptr, y_ + at, count, cols, e_.C, p.from(c));
-        });
+      this->write_rows(y_, task, [&](int64_t at, int64_t rows, int64_t cols, T* y, const ColumnParameters<A>& p) {
+        this->functions_.columns.apply(x_ + at, nullptr, y, rows, cols, e_.C, second_pass_.ahead, p);
       });
     };
     if (partition_.splits == 1) {
@@ -235,14 +259,14 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
 template <class T>
 class GroupNormBackwardDriver : GroupNormDriver<T> {
   using Base = GroupNormDriver<T>;
-  using Base::D_, Base::G_, Base::e_, Base::for_each, Base::partial_, Base::partition_, Base::rstd_, Base::sums_,
-      Base::x_;
+  using Base::D_, Base::G_, Base::e_, Base::for_each, Base::partial_, Base::partition_, Base::rstd_, Base::second_pass_,
+      Base::sums_, Base::x_;
   using typename Base::A;
 
  public:
   GroupNormBackwardDriver(const GroupNormBackward& args, ParallelFor parallel_for)
       : Base(args, parallel_for, const_cast<A*>(static_cast<const A*>(args.mean)),
-             const_cast<A*>(static_cast<const A*>(args.rstd))),
+             const_cast<A*>(static_cast<const A*>(args.rstd)), 2),
         dy_(static_cast<const T*>(args.dy)),
         dx_(static_cast<T*>(args.dx)),
         dweight_(static_cast<A*>(args.dweight)),
@@ -350,13 +374,17 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
     if (this->small_planes()) {
       this->for_each_stretch(begin, end, parameters, [&](int64_t first, int64_t channels, const auto& p) {
         const int64_t at = (n * e_.C + first) * e_.S, cols = channels * e_.S;
-        this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx_ + at, 1, cols, cols, p);
+        write(dx_ + at, cols, second_pass_.streams, [&](T* dx) {
+          this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx, 1, cols, cols, second_pass_.ahead, p);
+        });
       });
       return;
     }
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t at = (n * e_.C + c) * e_.S;
-      this->functions_.plane.backward(x_ + at, dy_ + at, nullptr, dx_ + at, 1, e_.S, e_.S, parameters(c));
+      const PlaneParameters<A> p = parameters(c);
+      this->write_plane(dx_, (n * e_.C + c) * e_.S, e_.S, [&](int64_t at, int64_t count, T* dx) {
+        this->functions_.plane.backward(x_ + at, dy_ + at, nullptr, dx, 1, count, count, second_pass_.ahead, p);
+      });
     }
   }
 
@@ -389,12 +417,8 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
     };
     const auto apply = [this](int64_t task) {
       if (!dx_) return;
-      const ColumnParameters<A> p = this->column_parameters(task / partition_.splits);
-      this->for_each_panel([&](int64_t c, int64_t cols) {
-        for_each_strip(this->row_count(task), cols, [&](int64_t row, int64_t count) {
-          const int64_t at = this->offset_of(task) + row * e_.C + c;
-          this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx_ + at, count, cols, e_.C, p.from(c));
-        });
+      this->write_rows(dx_, task, [&](int64_t at, int64_t rows, int64_t cols, T* dx, const ColumnParameters<A>& p) {
+        this->functions_.columns.backward(x_ + at, dy_ + at, nullptr, dx, rows, cols, e_.C, second_pass_.ahead, p);
       });
     };
     if (partition_.splits == 1) {

@@ -33,6 +33,10 @@ template <class T>
 constexpr bool kIsHalf = false;
 template <>
 inline constexpr bool kIsHalf<Float16> = true;
+template <class T>
+constexpr bool kIsBFloat16 = false;
+template <>
+inline constexpr bool kIsBFloat16<BFloat16> = true;
 
 // Bounds of what rounds to a constant: kZero the greatest z that becomes zero, kSix the least that becomes six (ties go
 // to even, which both are).
@@ -61,6 +65,28 @@ NORMFUSED_INLINE __m256i narrow_half(Vector<float> v) {
   return _mm512_maskz_cvtps_ph(0xffff, __m512(v), _MM_FROUND_TO_NEAREST_INT);
 }
 constexpr bool kConvertsHalf = true;
+
+// bfloat16 is the upper half of a float: moving 16-bit lanes up and down takes one instruction.
+NORMFUSED_INLINE Vector<float> widen_bfloat16(__m256i bits) {
+  const __m512i up = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,  //
+                                      7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  return Vector<float>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, up, _mm512_castsi256_si512(bits)));
+}
+// To nearest, ties to even; a NaN keeps its upper half.
+NORMFUSED_INLINE __m256i narrow_bfloat16(Vector<float> v) {
+  const __m512i bits = __m512i(v);
+  const __mmask16 ordered = _mm512_cmp_ps_mask(__m512(v), __m512(v), _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(ordered, bits, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_mask_add_epi32(bits, ordered, bits, _mm512_set1_epi32(0x7fff));
+  const __m512i whole = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+  const __m512i down = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
+                                        31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i narrowed = _mm512_maskz_permutexvar_epi16(0xffff, down, whole);
+  __m256i low;
+  __builtin_memcpy(&low, &narrowed, sizeof low);
+  return low;
+}
+constexpr bool kConvertsBFloat16 = true;
 #elif NORMFUSED_VECTOR_BYTES == 32
 using ShortVector = __m128i;
 NORMFUSED_INLINE Vector<uint32_t> extend(__m128i bits) { return Vector<uint32_t>(_mm256_cvtepu16_epi32(bits)); }
@@ -79,6 +105,20 @@ NORMFUSED_INLINE ShortVector truncate(Vector<uint32_t> v) { return __builtin_con
 NORMFUSED_INLINE Vector<float> widen_half(ShortVector) { return Vector<float>{}; }
 NORMFUSED_INLINE ShortVector narrow_half(Vector<float>) { return ShortVector{}; }
 constexpr bool kConvertsHalf = false;
+#endif
+
+#if NORMFUSED_VECTOR_BYTES != 64
+NORMFUSED_INLINE Vector<float> widen_bfloat16(ShortVector) { return Vector<float>{}; }
+NORMFUSED_INLINE ShortVector narrow_bfloat16(Vector<float>) { return ShortVector{}; }
+constexpr bool kConvertsBFloat16 = false;
+#endif
+
+#if defined(__SSE2__)
+// A cache line, 64 bytes, to an aligned address. In quarters: a load that spans two stores waits until both are in L1.
+NORMFUSED_INLINE void stream_line(const void* from, void* to) {
+  for (int i = 0; i < 4; ++i)
+    _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
+}
 #endif
 
 template <class Bits>
@@ -142,6 +182,8 @@ NORMFUSED_INLINE V load(const T* x) {
     return widen<V>(static_cast<uint32_t>(x->bits), T{});
   } else if constexpr (kConvertsHalf && kIsHalf<T>) {
     return widen_half(bit_load<ShortVector>(x));
+  } else if constexpr (kConvertsBFloat16 && kIsBFloat16<T>) {
+    return widen_bfloat16(bit_load<ShortVector>(x));
   } else {
     return widen<V>(extend(bit_load<ShortVector>(x)), T{});
   }
@@ -158,10 +200,36 @@ NORMFUSED_INLINE void store(T* y, V value) {
   } else if constexpr (kConvertsHalf && kIsHalf<T>) {
     const auto bits = narrow_half(value);
     __builtin_memcpy(y, &bits, sizeof bits);
+  } else if constexpr (kConvertsBFloat16 && kIsBFloat16<T>) {
+    const auto bits = narrow_bfloat16(value);
+    __builtin_memcpy(y, &bits, sizeof bits);
   } else {
     const ShortVector bits = truncate(narrow<Vector<uint32_t>>(value, T{}));
     __builtin_memcpy(y, &bits, sizeof bits);
   }
+}
+
+// Copies past the caches: the lines of `to` are neither read before they are written nor kept. flush() has to follow
+// before another thread reads them.
+template <class T>
+void stream(const T* from, T* to, int64_t n) {
+#if defined(__SSE2__)
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t into = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T));
+  const int64_t head = into == 0 ? 0 : kLine - into < n ? kLine - into : n;
+  __builtin_memcpy(to, from, head * sizeof(T));
+  int64_t i = head;
+  for (; i + kLine <= n; i += kLine) stream_line(from + i, to + i);
+  __builtin_memcpy(to + i, from + i, (n - i) * sizeof(T));
+#else
+  __builtin_memcpy(to, from, n * sizeof(T));
+#endif
+}
+
+NORMFUSED_INLINE void flush() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // value as it would be read back after a store: what native's separate BatchNorm hands to the activation.
@@ -173,6 +241,8 @@ NORMFUSED_INLINE V rounded(V value) {
     return widen<V>(narrow<uint32_t>(value, T{}), T{});
   } else if constexpr (kConvertsHalf && kIsHalf<T>) {
     return widen_half(narrow_half(value));
+  } else if constexpr (kConvertsBFloat16 && kIsBFloat16<T>) {
+    return widen_bfloat16(narrow_bfloat16(value));
   } else {
     return widen<V>(narrow<Vector<uint32_t>>(value, T{}), T{});
   }

@@ -179,8 +179,9 @@ NORMFUSED_INLINE V gradient(const T* x, const T* dy, const T* residual, int64_t 
 // y = act(z).
 template <class Act, bool kResidual, class T, class P>
 void apply_tile(const T* __restrict x, const T* __restrict residual, T* __restrict y, int64_t rows, int64_t cols,
-                int64_t stride, const P& p) {
+                int64_t stride, int64_t ahead, const P& p) {
   for_each_element<T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
+    prefetch(x, i + ahead);
     auto z = pre_activation<kResidual>(x, residual, i, q);
     if constexpr (!Act::kSelects) z = rounded<T>(z);
     store(y + i, Act::forward(z));
@@ -256,9 +257,11 @@ void column_gradient_moments(const T* __restrict x, const T* __restrict dy, cons
 // dx; kStatistics: also through the statistics of the batch or group.
 template <class Act, bool kResidual, bool kStatistics, class T, class P>
 void backward_tile(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, T* __restrict dx,
-                   int64_t rows, int64_t cols, int64_t stride, const P& p) {
+                   int64_t rows, int64_t cols, int64_t stride, int64_t ahead, const P& p) {
   for_each_element<T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
     using V = lane_type<decltype(q.mean)>;
+    prefetch(x, i + ahead);
+    prefetch(dy, i + ahead);
     V g = gradient<Act, kResidual>(x, dy, residual, i, q) * q.scale;
     if constexpr (kStatistics) g -= q.outer * (q.offset + (load<V>(x + i) - q.mean) * q.slope);
     store(dx + i, g);

@@ -170,7 +170,7 @@ Tensor empty_cached(const int64_t* sizes, const int64_t* strides, int64_t dim, S
       aoti_torch_layout_strided(), nullptr, 0, [](void*, void* context) { cache().put(static_cast<Block*>(context)); },
       block);
   if (error != AOTI_TORCH_SUCCESS) delete block;
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  TORCH_ERROR_CODE_CHECK(error);
   return Tensor(handle);
 }
 

@@ -9,7 +9,7 @@ namespace {
 
 // torch's thread pool, as the kernels want it.
 void parallel_for(int64_t tasks, ParallelBody body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, body, context));
 }
 
 template <class Args>

@@ -13,7 +13,7 @@ const char* const kOutOfMemory = "CUDA out of memory.";
 bool holds(const Tensor& t) { return t.is_cuda(); }
 
 CurrentStream::CurrentStream(const Tensor& x) : guard_(x.get_device_index()) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
 }
 
 }  // namespace normfused::binding::device

@@ -1,0 +1,93 @@
+"""Outputs of the CPU kernels that are too large for the caches, and are written past them."""
+
+import os
+
+import pytest
+import torch
+from helpers import assert_memory_format, names
+
+import normfused
+from normfused.functional import batch_norm_act
+
+# Bytes that a call has to touch, as in csrc/kernels/cpu/drivers.h.
+LAST_CACHE = (os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0) or 32 << 20
+
+# (C, spatial sizes, channels_last): one for each way of dividing the work; rows that begin and end within a cache line.
+CASES = {
+    "planes": (37, (53, 61), False),
+    "split_planes": (5, (211, 307), False),
+    "columns": (521, (7, 7), False),
+    "split_columns, wide rows": (3, (111, 113), True),
+    "split_columns, panels": (963, (11, 7), True),
+    "columns, channels_last": (4 * 1031, (1, 2), True),
+}
+
+
+def inputs(channels, spatial, channels_last, dtype):
+    element = torch.empty((), dtype=dtype).element_size()
+    sample = channels * spatial[0] * spatial[1] * element
+    n = LAST_CACHE // 3 // 2 // sample + 2
+    torch.manual_seed(n)
+    x, residual, dy = (torch.randn(n, channels, *spatial).to(dtype) for _ in range(3))
+    if channels_last:
+        x, residual, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual, dy))
+    return x, residual, dy
+
+
+def channel(t, c):
+    return None if t is None else t[:, c : c + 1].double().contiguous()
+
+
+def run(x, residual, dy, weight, bias):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, residual, weight, bias) if t is not None]
+    with_residual = leaves[1] if residual is not None else None
+    y = batch_norm_act(leaves[0], None, None, leaves[-2], leaves[-1], True, residual=with_residual)
+    return (y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+
+@pytest.mark.skipif(LAST_CACHE > 256 << 20, reason="needs gigabytes where the last cache is this large")
+@pytest.mark.skipif(normfused.info()["extension"]["why_not"] is not None, reason="no C++ core")
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_small_ones(case, dtype, with_residual):
+    """Channel by channel, what the same channels give as a tensor that stays in the caches."""
+    x, residual, dy = inputs(*CASES[case], dtype)
+    residual = residual if with_residual else None
+    channels, tolerance = x.shape[1], 2e-2 if dtype == torch.bfloat16 else 2e-5
+    weight, bias = torch.rand(channels) + 0.5, torch.randn(channels)
+    with normfused.use_backend("extension"):
+        results = run(x, residual, dy, weight, bias)
+    outputs = dict(zip(("y", "dx", "dresidual") if with_residual else ("y", "dx"), results, strict=False))
+    for what in ("y", "dx"):
+        assert_memory_format(outputs[what], x)
+    for c in torch.randperm(channels)[:4].tolist():
+        parameters = (t[c : c + 1].double() for t in (weight, bias))
+        expected = run(*(channel(t, c) for t in (x, residual, dy)), *parameters)
+        for what, value in zip(outputs, expected, strict=False):
+            wrong = (channel(outputs[what], c) - value).abs() > tolerance * (1 + value.abs())
+            # A few z lie on the other side of a kink in float64.
+            assert wrong.double().mean() <= 1e-3, (what, c)
+
+
+@pytest.mark.skipif(LAST_CACHE > 256 << 20, reason="needs gigabytes where the last cache is this large")
+@pytest.mark.skipif(normfused.info()["extension"]["why_not"] is not None, reason="no C++ core")
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_written_beside_them(case):
+    """Every element of y and dx is written, whatever was in that memory before, by one thread as by two."""
+    x, residual, dy = inputs(*CASES[case], torch.float32)
+    weight, bias = torch.rand(x.shape[1]) + 0.5, torch.randn(x.shape[1])
+    with normfused.use_backend("extension"):
+        results = run(x, residual, dy, weight, bias)
+        threads = torch.get_num_threads()
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            try:
+                # What the cache of outputs hands out next holds NaN.
+                again = [t.fill_(float("nan")) for t in run(x, residual, dy, weight, bias)]
+                del again
+                again = run(x, residual, dy, weight, bias)
+            finally:
+                torch.set_num_threads(threads)
+            for a, b in zip(results, again, strict=True):
+                assert torch.equal(a, b)
