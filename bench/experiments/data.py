@@ -71,7 +71,9 @@ class Images:
         return Images(self.name, select(self.train), select(self.held_out), last - first)
 
     def steps(self, batch):
-        """Batches of an epoch; what is left over at its end is dropped."""
+        """Batches of an epoch; what is left over at its end is dropped. Raises ValueError where there are none."""
+        if len(self.train[1]) < batch:
+            raise ValueError(f"{len(self.train[1])} images to train on are too few for a batch of {batch}")
         return len(self.train[1]) // batch
 
     def stream(self, batch, seed, first=0):

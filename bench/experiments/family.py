@@ -139,6 +139,9 @@ def check(seed=0):
 
 def run(options, images, record):
     """Check the numbers, then train BN and GN at each batch size."""
+    if options.width % GROUPS:
+        raise ValueError(f"--width {options.width} is not a multiple of {GROUPS}, the number of groups")
+    images.steps(max(BATCHES))
     _, checks = record.run(part="checks")
     checks["result"] = check(options.seed)
     images = images.resized(options.size).standardised()
@@ -148,8 +151,6 @@ def run(options, images, record):
         for batch in BATCHES
         for norm in NORMS
     ]
-    if images.steps(max(BATCHES)) < 1:
-        raise ValueError(f"{len(images.train[1])} images to train on are too few for a batch of {max(BATCHES)}")
     after = record.progress(len(cases) * options.epochs, lambda: "epochs of all runs")
     for norm, batch, seed in cases:
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .. import report
+from .. import PROGRAM, report
 from ..demo import Progress
 
-# Options that say nothing of the experiment, and those that do not change what a run computes: more seeds are more runs.
+# Options that say nothing of an experiment, and those that change no run of it: more seeds are more runs.
 _NOT_KEPT = {"command", "experiment", "out", "resume", "threads"}
 _FREE = {"seeds", "speed_only"}
 
@@ -67,7 +67,7 @@ class Record:
             content = json.loads(file.read_text(encoding="utf-8"))
             found, self.runs = content["settings"], content["runs"]
         except (ValueError, KeyError, TypeError) as damaged:
-            raise ValueError(f"{file} is not what `python -m bench experiment` wrote: {damaged}") from damaged
+            raise ValueError(f"{file} is not what `{PROGRAM} experiment` wrote: {damaged}") from damaged
         settings = json.loads(json.dumps(self.settings))
         for key in {**found, **settings}:
             if key in _FREE or found.get(key) == settings.get(key):
