@@ -156,7 +156,7 @@ def test_a_library_that_is_missing(library, message, tmp_path, monkeypatch, caps
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("write", [write_mnist, write_folders])
+@pytest.mark.parametrize("write", [write_mnist, lambda folder: write_folders(folder, count=24)], ids=["idx", "folders"])
 def test_an_experiment_on_images_of_ones_own(write, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
