@@ -191,7 +191,7 @@ def test_the_network_of_the_write_up(order, size):
         placement.check(model, other)
     padding = [m for m in model.modules() if isinstance(m, models.StridePad)]
     assert len(padding) == 5  # of the stem too
-    model.features[2][3] = nn.Identity()
+    model.features[2][2] = nn.Identity()
     with pytest.raises(AssertionError, match="3 of 4 strided"):
         placement.check(model, order)
 
