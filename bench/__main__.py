@@ -1,4 +1,4 @@
-"""Command line: ``ops``, ``model``, ``memory``, ``compare``, ``report``, ``gpu`` and ``demo``."""
+"""Command line: ``ops``, ``model``, ``memory``, ``compare``, ``report``, ``gpu``, ``demo`` and ``experiment``."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from . import PROGRAM, allocator, cases, compare, model, model_memory, ops, page, providers, report
+from . import PROGRAM, allocator, cases, compare, experiments, model, model_memory, ops, page, providers, report
 
 _EPILOG = f"""examples:
   {PROGRAM} ops                                          MobileNetV2's layers against eager and torch.compile
@@ -19,6 +19,7 @@ _EPILOG = f"""examples:
   {PROGRAM} compare before/ops.json after/ops.json       status 1 where something became slower
   {PROGRAM} report out/bench/ops.json out/memory/memory.json --out out/report.html
   {PROGRAM} demo --out out/demo                          two trainings side by side
+  {PROGRAM} experiment placement                         a write-up on normalisation, run on our layers
 
 Ctrl-C ends a run and keeps what was measured; --resume goes on from there.
 """
@@ -95,6 +96,7 @@ def parser():
     _add_report(commands)
     _add_gpu(commands)
     _add_demo(commands)
+    experiments.add_command(commands)
     return whole
 
 
@@ -392,6 +394,8 @@ def main(arguments=None):
         return run_ops(options, arguments, whole.error)
     if options.command in ("model", "memory"):
         return (model if options.command == "model" else model_memory).main(options, arguments, whole.error)
+    if options.command == "experiment":
+        return experiments.main(options, arguments, whole.error)
     from . import demo  # scikit-learn and matplotlib are needed by the demo alone
 
     return demo.main(options, arguments)

@@ -31,24 +31,30 @@ WARM_UP_STEPS = 3
 
 
 class Progress:
-    """A bar on a terminal, a line at every tenth elsewhere."""
+    """A bar on a terminal, a line at every tenth elsewhere, with the time left.
 
-    def __init__(self, steps, trainees, stream=sys.stderr):
+    Args:
+        steps: of all the work.
+        describe: returns what to say beside the number of the step.
+        done: steps that an earlier run has made.
+    """
+
+    def __init__(self, steps, describe, done=0, stream=None):
         self._steps = steps
-        self._trainees = trainees
-        self._stream = stream
-        self._terminal = stream.isatty()
+        self._describe = describe
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
         self._start = time.monotonic()
+        self._before = done
 
     def __call__(self, done):
         if not self._terminal and done % max(1, self._steps // 10) and done != self._steps:
             return
-        left = (time.monotonic() - self._start) / done * (self._steps - done)
-        losses = ", ".join(f"{trainee.name} {trainee.losses[-1]:.4f}" for trainee in self._trainees)
+        left = (time.monotonic() - self._start) / (done - self._before) * (self._steps - done)
         filled = 20 * done // self._steps
         bar = f"[{'#' * filled}{'.' * (20 - filled)}] " if self._terminal else ""
         end = "\n" if not self._terminal or done == self._steps else ""
-        text = f"{bar}step {done}/{self._steps}  loss {losses}  {left:.0f} s left"
+        text = f"{bar}step {done}/{self._steps}  {self._describe()}  {left:.0f} s left"
         print(f"\r\033[K{text}" if self._terminal else text, end=end, file=self._stream, flush=True)
 
 
@@ -83,12 +89,16 @@ def measure(options):
     """
     digits = Digits(options.size, options.channels_last)
     trainees = _trainees(options)
+
+    def losses():
+        return "loss " + ", ".join(f"{trainee.name} {trainee.losses[-1]:.4f}" for trainee in trainees)
+
     train(
         trainees,
         digits.batches(options.batch, options.steps, options.seed),
         options.lr,
         options.warm_up,
-        Progress(options.steps, trainees),
+        Progress(options.steps, losses),
     )
     native, fused, moved = trainees
     found = {

@@ -15,7 +15,7 @@ BLOCKS = (
 )
 
 
-def _divisible(channels, divisor=8):
+def divisible(channels, divisor=8):
     """``channels`` rounded to a multiple of ``divisor``, never down by more than a tenth."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
@@ -58,14 +58,14 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, classes=10, width=1.0):
         super().__init__()
-        channels = _divisible(32 * width)
+        channels = divisible(32 * width)
         layers = [_convolution(3, channels, 3, stride=2)]
         for expansion, outputs, repeats, stride in BLOCKS:
-            outputs = _divisible(outputs * width)
+            outputs = divisible(outputs * width)
             for repeat in range(repeats):
                 layers.append(InvertedResidual(channels, outputs, stride if repeat == 0 else 1, expansion))
                 channels = outputs
-        last = _divisible(1280 * max(1.0, width))
+        last = divisible(1280 * max(1.0, width))
         layers.append(_convolution(channels, last, 1))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(last, classes)
