@@ -16,7 +16,7 @@ from conftest import WHY_NOT
 from helpers import names, randn
 
 import normfused
-from normfused import backends, ops, reference
+from normfused import backends, native, ops, reference
 from normfused.functional import batch_norm_act, group_norm_act
 
 pytestmark = pytest.mark.skipif(WHY_NOT["triton"] is not None, reason=str(WHY_NOT["triton"]))
@@ -53,18 +53,19 @@ def assert_near(ours, exact, what, tolerance=3e-5):
         assert error <= tolerance, f"{what}: {error} in tensor {index}"
 
 
-def check_batch_norm(shape, channels_last=False, activation="silu"):
+def check_batch_norm(shape, channels_last=False, activation="silu", pre_activation=None):
     tensors = operands(shape, channels_last)
     wide = [t.double() for t in tensors]
     for training in (True, False):
         x, dy, residual, weight, bias, mean, var = tensors
         running = mean.clone(), var.clone()
-        options = training, 0.1, EPS, activation, None
+        options = training, 0.1, EPS, activation, pre_activation
         y, saved, invstd = triton_ops.batch_norm_act(x, weight, bias, residual, *running, None, *options)
         grads = triton_ops.batch_norm_act_backward(
-            dy, x, weight, bias, residual, saved, invstd, training, activation, None, True, True, True, True
+            dy, x, weight, bias, residual, saved, invstd, training, activation, pre_activation, True, True, True, True
         )
         x, dy, residual, weight, bias, mean, var = wide
+        input, x = x, reference.FORWARD[pre_activation](x)
         statistics, moved = (mean, var), (mean, var)
         if training:
             statistics, moved = (
@@ -76,7 +77,7 @@ def check_batch_norm(shape, channels_last=False, activation="silu"):
             *moved,
             *reference.batch_norm_act_backward(
                 dy,
-                x,
+                input,
                 weight,
                 bias,
                 residual,
@@ -85,6 +86,7 @@ def check_batch_norm(shape, channels_last=False, activation="silu"):
                 training,
                 EPS,
                 activation,
+                pre_activation,
             ),
         )
         assert_near((y, *running, *grads), exact, f"{shape} {channels_last} {training}")
@@ -125,6 +127,14 @@ def test_batch_norm_of_odd_sizes(shape):
         check_batch_norm(shape, channels_last)
 
 
+# One program, several, split; a tile that is not full must not count the activation of what is not there.
+@pytest.mark.parametrize("shape", [(5, 3), (3, 7, 49), (3, 33, 7, 7), (2, 1, 4099), (2, 2, 65, 64)], ids=names)
+@pytest.mark.parametrize("pre_activation", native.ACTIVATIONS)
+def test_pre_activation(shape, pre_activation):
+    for channels_last in formats_of(shape):
+        check_batch_norm(shape, channels_last, pre_activation=pre_activation)
+
+
 @pytest.mark.parametrize(("shape", "groups"), GROUP_NORM_SHAPES, ids=names)
 def test_group_norm_of_odd_sizes(shape, groups):
     for channels_last in formats_of(shape):
@@ -137,6 +147,16 @@ MUTATIONS = {
         "d = tl.where(mask, d, 0.0)",
         "d = d + 0.0",
         lambda: check_batch_norm((3, 3, 7, 7)),
+    ),
+    "statistics count activations past the end": (
+        "values = tl.where(mask, values, 0.0)",
+        "values = values + 0.0",
+        lambda: check_batch_norm((3, 3, 7, 7), pre_activation="sigmoid"),
+    ),
+    "a gradient is not that of x": (
+        "gradient = activations.backward(raw, gradient, PRE_ACTIVATION)",
+        "gradient = activations.backward(values, gradient, PRE_ACTIVATION)",
+        lambda: check_batch_norm((5, 3), pre_activation="silu"),
     ),
     "statistics count rows past the end": (
         "counts += row_exists.to(tl.float32)",

@@ -44,6 +44,7 @@ def source(kernel, extent, dtype, absent, **chosen):
         "GROUPED": group > 1,
         "STATISTICS": True,
         "ACTIVATION": "relu6",
+        "PRE_ACTIVATION": None,
         **chosen,
     }
     integers = {
@@ -107,6 +108,8 @@ def variants(architecture):
         for dtype in ("float32", "float64"):
             yield "backward_apply_kernel", "contiguous", dtype, training, {"ACTIVATION": activation}
         yield "apply_kernel", "contiguous", "float64", training, {"ACTIVATION": activation}
+    for name in ("stats_kernel", "forward_kernel", "backward_reduce_kernel", "backward_apply_kernel"):
+        yield name, "contiguous", "bfloat16", training, {"PRE_ACTIVATION": "silu"}
 
 
 def resources(cubin):

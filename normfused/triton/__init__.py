@@ -11,7 +11,8 @@ from .. import ops
 from . import batch_norm, group_norm
 from .launch import INTERPRETED
 
-FUSES_PRE_ACTIVATION = ()
+# Wherever Triton runs, the interpreter's CPU among it.
+FUSES_PRE_ACTIVATION = ("cuda", "xpu", "cpu")
 
 
 def _register(function, fake, mutates_args=()):

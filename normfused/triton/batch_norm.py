@@ -8,14 +8,6 @@ from .drivers import run_backward, run_evaluation, run_forward
 from .plan import Extent
 
 
-def _check_no_pre_activation(op, pre_activation):
-    check(
-        pre_activation is None,
-        op,
-        lambda: f"pre_activation is not part of a Triton kernel, apply it to x first; got {pre_activation!r}",
-    )
-
-
 def _count_batch(op, num_batches_tracked, x):
     if num_batches_tracked is None:
         return
@@ -78,8 +70,8 @@ def batch_norm_act(
     if training:
         # First, as in torch.nn.BatchNorm: a batch is counted even if something is wrong with it.
         _count_batch(op, num_batches_tracked, x)
-    _check_no_pre_activation(op, pre_activation)
     check_activation(op, activation)
+    check_activation(op, pre_activation, "pre_activation")
     check_input(op, x)
     shape = tuple(x.shape)
     channels = x.shape[1]
@@ -134,6 +126,7 @@ def batch_norm_act(
             extent,
             eps,
             activation,
+            pre_activation,
         )
     elif x.numel() == 0:
         mean.zero_()
@@ -143,7 +136,7 @@ def batch_norm_act(
         if running_mean is not None:
             counter = num_batches_tracked if momentum is None else None
             running = dense(running_mean), dense(running_var), counter, momentum or 0.0
-        run_forward(x, residual, weight, bias, y, mean, invstd, extent, eps, activation, running)
+        run_forward(x, residual, weight, bias, y, mean, invstd, extent, eps, activation, running, pre_activation)
         if running is not None:
             for statistic, written in ((running_mean, running[0]), (running_var, running[1])):
                 if statistic is not None and written is not statistic:
@@ -168,8 +161,8 @@ def batch_norm_act_backward(
     need_dresidual: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     op = "batch_norm_act_backward"
-    _check_no_pre_activation(op, pre_activation)
     check_activation(op, activation)
+    check_activation(op, pre_activation, "pre_activation")
     check_input(op, x)
     check(
         residual is not None or not need_dresidual,
@@ -209,5 +202,6 @@ def batch_norm_act_backward(
             _extent(x, memory_format),
             training,
             activation,
+            pre_activation,
         )
     return dx, dweight, dbias, dresidual

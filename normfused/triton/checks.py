@@ -13,12 +13,12 @@ def check(ok, op, message):
         raise RuntimeError(f"normfused_triton::{op}: {message()}")
 
 
-def check_activation(op, activation):
+def check_activation(op, activation, argument="activation"):
     known = ", ".join(native.ACTIVATIONS)
     check(
         activation is None or activation in native.ACTIVATIONS,
         op,
-        lambda: f"activation must be {known} or None, got {activation!r}",
+        lambda: f"{argument} must be {known} or None, got {activation!r}",
     )
 
 

@@ -28,7 +28,7 @@ def _finish_grid(extent):
 
 
 @on_device
-def run_forward(x, residual, weight, bias, y, mean, rstd, extent, eps, activation, running=None):
+def run_forward(x, residual, weight, bias, y, mean, rstd, extent, eps, activation, running=None, pre_activation=None):
     """Statistics of the batch, then y.
 
     ``running``: None or (running_mean, running_var, num_batches_tracked, momentum), all to be moved; a counter that is
@@ -57,10 +57,13 @@ def run_forward(x, residual, weight, bias, y, mean, rstd, extent, eps, activatio
             **groups(extent),
             GROUPED=bool(extent.G != extent.C),
             ACTIVATION=activation,
+            PRE_ACTIVATION=pre_activation,
         )
         return
     partial, stride = _partials(x, extent, p, 3)
-    wrap_triton(stats_kernel)[programs(extent, p)](x=x, partial=partial, stride=stride, **tiles(extent, p))
+    wrap_triton(stats_kernel)[programs(extent, p)](
+        x=x, partial=partial, stride=stride, **tiles(extent, p), PRE_ACTIVATION=pre_activation
+    )
     wrap_triton(stats_finish_kernel)[_finish_grid(extent)](
         partial=partial,
         stride=stride,
@@ -71,16 +74,35 @@ def run_forward(x, residual, weight, bias, y, mean, rstd, extent, eps, activatio
         BLOCK_J=FINISH_ROWS,
         BLOCK_G=FINISH_COLUMNS,
     )
-    _apply(x, residual, weight, bias, mean, rstd, None, None, y, extent, p, eps, activation)
+    _apply(x, residual, weight, bias, mean, rstd, None, None, y, extent, p, eps, activation, pre_activation)
 
 
 @on_device
-def run_evaluation(x, residual, weight, bias, running_mean, running_var, y, mean, invstd, extent, eps, activation):
+def run_evaluation(
+    x, residual, weight, bias, running_mean, running_var, y, mean, invstd, extent, eps, activation, pre_activation
+):
     """y with the running statistics, of which ``mean`` and ``invstd`` are made."""
-    _apply(x, residual, weight, bias, running_mean, running_var, mean, invstd, y, extent, plan(extent), eps, activation)
+    _apply(
+        x,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        mean,
+        invstd,
+        y,
+        extent,
+        plan(extent),
+        eps,
+        activation,
+        pre_activation,
+    )
 
 
-def _apply(x, residual, weight, bias, mean, rstd, saved_mean, saved_rstd, y, extent, p, eps, activation):
+def _apply(
+    x, residual, weight, bias, mean, rstd, saved_mean, saved_rstd, y, extent, p, eps, activation, pre_activation
+):
     p = p.divided(APPLY_TILES)
     wrap_triton(apply_kernel)[programs(extent, p)](
         x=x,
@@ -96,12 +118,27 @@ def _apply(x, residual, weight, bias, mean, rstd, saved_mean, saved_rstd, y, ext
         **tiles(extent, p),
         **groups(extent),
         ACTIVATION=activation,
+        PRE_ACTIVATION=pre_activation,
     )
 
 
 @on_device
 def run_backward(
-    dy, x, residual, weight, bias, mean, rstd, dx, dweight, dbias, dresidual, extent, statistics, activation
+    dy,
+    x,
+    residual,
+    weight,
+    bias,
+    mean,
+    rstd,
+    dx,
+    dweight,
+    dbias,
+    dresidual,
+    extent,
+    statistics,
+    activation,
+    pre_activation=None,
 ):
     """The gradients that are not None. ``statistics``: mean and rstd are functions of x."""
     p = plan(extent)
@@ -128,6 +165,7 @@ def run_backward(
             GROUPED=grouped,
             STATISTICS=statistics,
             ACTIVATION=activation,
+            PRE_ACTIVATION=pre_activation,
         )
         if wants:
             _parameter_gradients(partial, stride, rstd, dweight, dbias, extent, p)
@@ -136,7 +174,13 @@ def run_backward(
     if reduces:
         partial, stride = _partials(x, extent, p, 2)
         wrap_triton(backward_reduce_kernel)[programs(extent, p)](
-            **operands, partial=partial, stride=stride, **tiles(extent, p), **groups(extent), ACTIVATION=activation
+            **operands,
+            partial=partial,
+            stride=stride,
+            **tiles(extent, p),
+            **groups(extent),
+            ACTIVATION=activation,
+            PRE_ACTIVATION=pre_activation,
         )
         if several and (dweight is not None or dbias is not None):
             _parameter_gradients(partial, stride, rstd, dweight, dbias, extent, p)
@@ -173,6 +217,7 @@ def run_backward(
             GROUPED=grouped,
             STATISTICS=statistics,
             ACTIVATION=activation,
+            PRE_ACTIVATION=pre_activation,
         )
 
 

@@ -73,7 +73,18 @@ def _per_channel(pointer, c, exists, default: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _pre_activation(x, values, residual, offset, mask, mean, scale, bias, ACC: tl.constexpr):
+def _load(x, offset, mask, PRE_ACTIVATION: tl.constexpr, ACC: tl.constexpr):
+    """What is normalised, and x as it is: PRE_ACTIVATION comes between them, rounded to the dtype of x."""
+    raw = tl.load(x + offset, mask=mask, other=0.0).to(ACC)
+    values = raw
+    if PRE_ACTIVATION is not None:
+        values = activations.forward(raw, PRE_ACTIVATION).to(x.dtype.element_ty).to(ACC)
+        values = tl.where(mask, values, 0.0)
+    return values, raw
+
+
+@triton.jit
+def _z(x, values, residual, offset, mask, mean, scale, bias, ACC: tl.constexpr):
     """z, rounded to the dtype of x: where the output is at a kink, so is the gradient."""
     z = (values - mean[None, :]) * scale[None, :] + bias[None, :]
     if residual is not None:
@@ -87,7 +98,8 @@ def _pre_activation(x, values, residual, offset, mask, mean, scale, bias, ACC: t
 @triton.jit
 def _moments(
     x, begin, end, columns, c_exists, N, C, S, rows,
-    ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRE_ACTIVATION: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and m2 (sum of squared deviations from the mean) of each channel over tiles [begin, end).
 
@@ -97,14 +109,15 @@ def _moments(
     """
     BLOCK_M: tl.constexpr = BLOCK_N * BLOCK_S
     offset, mask, _ = _tile(begin, columns, c_exists, N, C, S, rows, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-    first = tl.load(x + offset, mask=mask, other=0.0).to(ACC)
+    first, _ = _load(x, offset, mask, PRE_ACTIVATION, ACC)
     shift = tl.sum(first, 0) / tl.maximum(tl.sum(mask.to(ACC), 0), 1)
     s1 = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     s2 = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     counts = tl.zeros([BLOCK_M], tl.float32)
     for t in range(begin, end):
         offset, mask, row_exists = _tile(t, columns, c_exists, N, C, S, rows, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        d = tl.load(x + offset, mask=mask, other=0.0).to(ACC) - shift[None, :]
+        values, _ = _load(x, offset, mask, PRE_ACTIVATION, ACC)
+        d = values - shift[None, :]
         d = tl.where(mask, d, 0.0)
         s1 += d
         s2 += d * d
@@ -120,12 +133,14 @@ def _moments(
             exact = tl.zeros([BLOCK_M, BLOCK_C], tl.float64)
             for t in range(begin, end):
                 offset, mask, _ = _tile(t, columns, c_exists, N, C, S, rows, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-                exact += tl.load(x + offset, mask=mask, other=0.0).to(tl.float64)
+                values, _ = _load(x, offset, mask, PRE_ACTIVATION, ACC)
+                exact += values.to(tl.float64)
             mean = tl.sum(exact, 0) / count
             exact = tl.zeros([BLOCK_M, BLOCK_C], tl.float64)
             for t in range(begin, end):
                 offset, mask, _ = _tile(t, columns, c_exists, N, C, S, rows, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-                e = tl.load(x + offset, mask=mask, other=0.0).to(tl.float64) - mean[None, :]
+                values, _ = _load(x, offset, mask, PRE_ACTIVATION, ACC)
+                e = values.to(tl.float64) - mean[None, :]
                 e = tl.where(mask, e, 0.0)
                 exact += e * e
             m2 = tl.sum(exact, 0)
@@ -164,7 +179,7 @@ def _move(running, index, write, value, factor):
 @triton.jit
 def stats_kernel(
     x, partial, stride, sample, channels, blocks, splits, split_tiles, tiles, N, C, S, rows,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    PRE_ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and m2 of each channel over one split: partial[3, B, splits, C]."""
@@ -173,7 +188,7 @@ def stats_kernel(
     columns = _columns(c, S, CHANNELS_LAST)
     count, mean, m2 = _moments(
         x + b.to(tl.int64) * sample, begin, end, columns, exists, N, C, S, rows,
-        ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
+        PRE_ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
     )  # fmt: skip
     to = partial + (b.to(tl.int64) * splits + split) * C + c
     tl.store(to, tl.zeros([BLOCK_C], tl.float64) + count, mask=exists)
@@ -230,13 +245,13 @@ def stats_finish_kernel(
 @triton.jit
 def _apply(
     x, residual, y, begin, end, columns, c_exists, mean, scale, bias, N, C, S, rows,
-    ACTIVATION: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRE_ACTIVATION: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     for t in range(begin, end):
         offset, mask, _ = _tile(t, columns, c_exists, N, C, S, rows, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        values = tl.load(x + offset, mask=mask, other=0.0).to(ACC)
-        z = _pre_activation(x, values, residual, offset, mask, mean, scale, bias, ACC)
+        values, _ = _load(x, offset, mask, PRE_ACTIVATION, ACC)
+        z = _z(x, values, residual, offset, mask, mean, scale, bias, ACC)
         tl.store(y + offset, activations.forward(z, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
@@ -244,7 +259,7 @@ def _apply(
 def apply_kernel(
     x, residual, weight, bias, mean, rstd, saved_mean, saved_rstd, y, eps_high, eps_low,
     sample, channels, blocks, splits, split_tiles, tiles, N, C, S, rows, G, group,
-    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRE_ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = activation((x - mean) * rstd * weight + bias + residual).
@@ -269,7 +284,7 @@ def apply_kernel(
     _apply(
         x + base, residual, y + base, begin, end, _columns(c, S, CHANNELS_LAST), exists,
         center, scale, _per_channel(bias, c, exists, 0.0, ACC), N, C, S, rows,
-        ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S,
+        ACTIVATION, PRE_ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S,
     )  # fmt: skip
 
 
@@ -278,7 +293,7 @@ def forward_kernel(
     x, residual, weight, bias, y, saved_mean, saved_rstd, running_mean, running_var, num_batches_tracked,
     momentum_high, momentum_low, eps_high, eps_low,
     sample, channels, blocks, splits, split_tiles, tiles, N, C, S, rows, G, group,
-    GROUPED: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    GROUPED: tl.constexpr, ACTIVATION: tl.constexpr, PRE_ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """All stages of a forward for one block of channels, or one group (GROUPED)."""
@@ -287,8 +302,9 @@ def forward_kernel(
     columns = _columns(c, S, CHANNELS_LAST)
     base = b.to(tl.int64) * sample
     count, mean, m2 = _moments(
-        x + base, begin, end, columns, exists, N, C, S, rows, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C
-    )
+        x + base, begin, end, columns, exists, N, C, S, rows,
+        PRE_ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
+    )  # fmt: skip
     if GROUPED:
         group_mean = tl.sum(mean, 0) / group
         d = mean - group_mean
@@ -303,7 +319,7 @@ def forward_kernel(
         x + base, residual, y + base, begin, end, columns, exists,
         mean.to(ACC), rstd.to(ACC) * _per_channel(weight, c, exists, 1.0, ACC),
         _per_channel(bias, c, exists, 0.0, ACC), N, C, S, rows,
-        ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S,
+        ACTIVATION, PRE_ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S,
     )  # fmt: skip
 
 
@@ -313,7 +329,7 @@ def forward_kernel(
 @triton.jit
 def _gradient_sums(
     x, dy, residual, begin, end, columns, c_exists, mean, scale, bias, N, C, S, rows,
-    ACTIVATION: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRE_ACTIVATION: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz (x - mean) of each channel."""
@@ -321,8 +337,8 @@ def _gradient_sums(
     s2 = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], ACC)
     for t in range(begin, end):
         offset, mask, _ = _tile(t, columns, c_exists, N, C, S, rows, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        values = tl.load(x + offset, mask=mask, other=0.0).to(ACC)
-        z = _pre_activation(x, values, residual, offset, mask, mean, scale, bias, ACC)
+        values, _ = _load(x, offset, mask, PRE_ACTIVATION, ACC)
+        z = _z(x, values, residual, offset, mask, mean, scale, bias, ACC)
         dz = activations.backward(z, tl.load(dy + offset, mask=mask, other=0.0).to(ACC), ACTIVATION)
         dz = tl.where(mask, dz, 0.0)
         s1 += dz
@@ -334,7 +350,7 @@ def _gradient_sums(
 def backward_reduce_kernel(
     x, dy, residual, weight, bias, mean, rstd, partial, stride,
     sample, channels, blocks, splits, split_tiles, tiles, N, C, S, rows, G, group,
-    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRE_ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz (x - mean) of each channel over one split: partial[2, B, splits, C]."""
@@ -347,7 +363,7 @@ def backward_reduce_kernel(
     sum_dz, sum_dz_deviation = _gradient_sums(
         x + base, dy + base, residual, begin, end, _columns(c, S, CHANNELS_LAST), exists,
         center, scale, _per_channel(bias, c, exists, 0.0, ACC), N, C, S, rows,
-        ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
+        ACTIVATION, PRE_ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
     )  # fmt: skip
     to = partial + (b.to(tl.int64) * splits + split) * C + c
     tl.store(to, sum_dz, mask=exists)
@@ -425,17 +441,17 @@ def parameter_gradients_kernel(
 def _backward_apply(
     x, dy, residual, dx, dresidual, begin, end, columns, c_exists, mean, scale, bias, inner, outer, minus, slope,
     N, C, S, rows,
-    STATISTICS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    STATISTICS: tl.constexpr, ACTIVATION: tl.constexpr, PRE_ACTIVATION: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """dx = outer * (dz * inner - minus - (x - mean) * slope); inner * outer = scale.
+    """dx = outer * (dz * inner - minus - (x - mean) * slope); inner * outer = scale. Then through PRE_ACTIVATION.
 
     outer stays outside: slope times it falls below the smallest float where x is about 1e20.
     """
     for t in range(begin, end):
         offset, mask, _ = _tile(t, columns, c_exists, N, C, S, rows, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        values = tl.load(x + offset, mask=mask, other=0.0).to(ACC)
-        z = _pre_activation(x, values, residual, offset, mask, mean, scale, bias, ACC)
+        values, raw = _load(x, offset, mask, PRE_ACTIVATION, ACC)
+        z = _z(x, values, residual, offset, mask, mean, scale, bias, ACC)
         dz = activations.backward(z, tl.load(dy + offset, mask=mask, other=0.0).to(ACC), ACTIVATION)
         if dresidual is not None:
             tl.store(dresidual + offset, dz.to(dresidual.dtype.element_ty), mask=mask)
@@ -445,6 +461,7 @@ def _backward_apply(
                 gradient = (dz * inner[None, :] - through) * outer[None, :]
             else:
                 gradient = dz * scale[None, :]
+            gradient = activations.backward(raw, gradient, PRE_ACTIVATION)
             tl.store(dx + offset, gradient.to(dx.dtype.element_ty), mask=mask)
 
 
@@ -464,7 +481,7 @@ def _inner_and_outer(rstd, weight, GROUPED: tl.constexpr):
 def backward_apply_kernel(
     x, dy, residual, weight, bias, mean, rstd, minus, slope, dx, dresidual,
     sample, channels, blocks, splits, split_tiles, tiles, N, C, S, rows, G, group,
-    GROUPED: tl.constexpr, STATISTICS: tl.constexpr, ACTIVATION: tl.constexpr,
+    GROUPED: tl.constexpr, STATISTICS: tl.constexpr, ACTIVATION: tl.constexpr, PRE_ACTIVATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -482,7 +499,7 @@ def backward_apply_kernel(
         x + base, dy + base, residual, dx, dresidual, begin, end, _columns(c, S, CHANNELS_LAST), exists,
         _per_channel(mean, index, exists, 0.0, ACC), r * w, _per_channel(bias, c, exists, 0.0, ACC), inner, outer,
         _per_channel(minus, index, exists, 0.0, ACC), _per_channel(slope, index, exists, 0.0, ACC),
-        N, C, S, rows, STATISTICS, ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S,
+        N, C, S, rows, STATISTICS, ACTIVATION, PRE_ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S,
     )  # fmt: skip
 
 
@@ -490,7 +507,7 @@ def backward_apply_kernel(
 def backward_kernel(
     x, dy, residual, weight, bias, mean, rstd, partial, stride, dweight, dbias, dx, dresidual, values,
     sample, channels, blocks, splits, split_tiles, tiles, N, C, S, rows, G, group,
-    GROUPED: tl.constexpr, STATISTICS: tl.constexpr, ACTIVATION: tl.constexpr,
+    GROUPED: tl.constexpr, STATISTICS: tl.constexpr, ACTIVATION: tl.constexpr, PRE_ACTIVATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -509,7 +526,7 @@ def backward_kernel(
     base = b.to(tl.int64) * sample
     sum_dz, sum_dz_deviation = _gradient_sums(
         x + base, dy + base, residual, begin, end, columns, exists, center, r * w, shift, N, C, S, rows,
-        ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
+        ACTIVATION, PRE_ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
     )  # fmt: skip
     if partial is not None:
         to = partial + b.to(tl.int64) * C + c
@@ -530,5 +547,5 @@ def backward_kernel(
         _backward_apply(
             x + base, dy + base, residual, dx, dresidual, begin, end, columns, exists, center, r * w, shift,
             inner, outer, minus.to(ACC), slope.to(ACC), N, C, S, rows,
-            STATISTICS, ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S,
+            STATISTICS, ACTIVATION, PRE_ACTIVATION, ACC, CHANNELS_LAST, BLOCK_N, BLOCK_S,
         )  # fmt: skip
