@@ -215,7 +215,7 @@ def test_import_is_quick_and_initialises_nothing():
 def test_the_source_distribution_is_complete(tmp_path):
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("normfused", "csrc"):
+    for name in ("normfused", "bench", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     # As from an environment with nothing but setuptools.
     subprocess.run(
