@@ -76,7 +76,8 @@ def test_inductor_copies_nothing_around_a_layer():
     assert re.search(r"(buf\d+) = extern_kernels.convolution\(.*batch_norm_act.default\(\1, ", forward, re.DOTALL)
     given = re.search(r"batch_norm_act_backward.default\((\w+), (\w+), ", backward)
     assert re.search(rf"{given[1]} = buf\d+\[0\]\n.*'torch.ops.aten.convolution_backward.default'", backward)
-    assert re.search(rf"assert_size_stride\({given[2]}, .*'input'\)", backward)
+    # x is what the forward kept, not a buffer that a generated kernel filled.
+    assert not re.fullmatch(r"buf\d+", given[2])
     assert_close(y, model(randn(4, 8, 12, 12)))
 
 
