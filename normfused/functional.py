@@ -139,7 +139,7 @@ def group_norm_act(
         _raise(_not_tensors("group_norm_act", weight=weight, bias=bias))
         _raise(_group_norm_error(input, num_groups, activation))
         raise
-    if recompute.local.depth and recompute.takes(y):
+    if recompute.local.choice is not None and recompute.takes(y):
         recompute.remember_group_norm(y, input, weight, bias, num_groups, eps, activation, backend)
     return y
 
@@ -234,7 +234,7 @@ def _batch_norm_act(
         _raise(_not_tensors("batch_norm_act", running_mean=running_mean, running_var=running_var, **tensors))
         _raise(_batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, None))
         raise
-    if recompute.local.depth and recompute.takes(y):
+    if recompute.local.choice is not None and recompute.takes(y):
         mean, invstd = y.grad_fn.statistics  # type: ignore[union-attr]
         recompute.remember_batch_norm(
             y, input, weight, bias, residual, mean, invstd, activation, backend, pre_activation

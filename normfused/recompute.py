@@ -23,8 +23,7 @@ from . import backends, stages
 
 
 class _Local(threading.local):
-    depth = 0  # of recompute_activations in this thread
-    choice: "_Choice | None" = None  # of the innermost
+    choice: "_Choice | None" = None  # of the innermost recompute_activations in this thread
 
 
 local = _Local()
@@ -73,12 +72,12 @@ def recompute_activations(share: float = 1.0, *, min_bytes: int = 1 << 20) -> It
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"recompute_activations: share must be from 0 to 1, got {share}")
     outer = local.choice
-    local.depth, local.choice = local.depth + 1, _Choice(share, min_bytes)
+    local.choice = _Choice(share, min_bytes)
     try:
         with saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
-        local.depth, local.choice = local.depth - 1, outer
+        local.choice = outer
 
 
 def takes(y: torch.Tensor) -> bool:

@@ -1,5 +1,6 @@
 """The benchmarks as a wheel installs them, and a run that is interrupted as a person does it."""
 
+import functools
 import json
 import os
 import shutil
@@ -84,7 +85,14 @@ def test_ctrl_c_keeps_what_was_measured_and_resuming_goes_on(command, tmp_path):
     arguments = [sys.executable, "-m", "bench", command, *options, "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would its children.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     written, deadline = tmp_path / f"{command}.json", time.monotonic() + 120
     while not written.exists() and process.poll() is None and time.monotonic() < deadline:

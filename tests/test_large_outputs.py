@@ -4,13 +4,18 @@ import os
 
 import pytest
 import torch
-from helpers import assert_memory_format, names
+from helpers import assert_memory_format, assert_same, names
 
 import normfused
-from normfused.functional import batch_norm_act
+from normfused.functional import batch_norm_act, group_norm_act
 
 # Bytes that a call has to touch, as in csrc/kernels/cpu/drivers.h.
 LAST_CACHE = (os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0) or 32 << 20
+
+pytestmark = [
+    pytest.mark.skipif(LAST_CACHE > 256 << 20, reason="needs gigabytes where the last cache is this large"),
+    pytest.mark.skipif(normfused.info()["extension"]["why_not"] is not None, reason="no C++ core"),
+]
 
 # (C, spatial sizes, channels_last): one for each way of dividing the work; rows that begin and end within a cache line.
 CASES = {
@@ -45,8 +50,6 @@ def run(x, residual, dy, weight, bias):
     return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
 
-@pytest.mark.skipif(LAST_CACHE > 256 << 20, reason="needs gigabytes where the last cache is this large")
-@pytest.mark.skipif(normfused.info()["extension"]["why_not"] is not None, reason="no C++ core")
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
 @pytest.mark.parametrize("case", CASES)
@@ -70,8 +73,6 @@ def test_equal_to_small_ones(case, dtype, with_residual):
             assert wrong.double().mean() <= 1e-3, (what, c)
 
 
-@pytest.mark.skipif(LAST_CACHE > 256 << 20, reason="needs gigabytes where the last cache is this large")
-@pytest.mark.skipif(normfused.info()["extension"]["why_not"] is not None, reason="no C++ core")
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_written_beside_them(case):
     """Every element of y and dx is written, whatever was in that memory before, by one thread as by two."""
@@ -91,3 +92,40 @@ def test_nothing_is_written_beside_them(case):
                 torch.set_num_threads(threads)
             for a, b in zip(results, again, strict=True):
                 assert torch.equal(a, b)
+
+
+# The same for GroupNorm, with the number of groups; "split" has too few of them for every thread.
+GROUP_CASES = {
+    "groups": (37 * 8, (53, 61), False, 37),
+    "small planes": (521 * 2, (7, 7), False, 521),
+    "split": (5, (211, 307), False, 1),
+    "rows": (963, (11, 7), True, 9),
+    "rows of more than a tile": (4 * 1031, (3, 2), True, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("case", GROUP_CASES)
+def test_group_norm(case, dtype):
+    """Sample by sample, what the same sample gives alone, in the caches; by one thread as by two."""
+    *geometry, groups = GROUP_CASES[case]
+    x, _, dy = inputs(*geometry, dtype)
+
+    def run(x, dy):
+        x = x.detach().clone().requires_grad_()
+        y = group_norm_act(x, groups, activation="relu6")
+        return (y.detach(), *torch.autograd.grad(y, x, dy))
+
+    with normfused.use_backend("extension"):
+        results = run(x, dy)
+        for n in (0, len(x) // 2, len(x) - 1):
+            for result, alone in zip(results, run(x[n : n + 1], dy[n : n + 1]), strict=True):
+                assert_memory_format(result, x)
+                assert_same(result[n : n + 1], alone, case, formats=False)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            again = run(x, dy)
+        finally:
+            torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
