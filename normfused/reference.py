@@ -21,8 +21,8 @@ def _silu_backward(z: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
 
 
 def _sigmoid_backward(z: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    s = torch.sigmoid(z)
-    return dy * (s * (1 - s))
+    # Not s * (1 - s): the difference is 0 where s rounds to 1.
+    return dy * (torch.sigmoid(z) * torch.sigmoid(-z))
 
 
 def _hardswish_backward(z: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:

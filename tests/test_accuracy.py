@@ -117,6 +117,11 @@ def sum_of_terms(z, mean, weight, bias, residual):
     return (z - added - residual).abs() + (mean * weight).abs() + added.abs() + residual.abs()
 
 
+def smallest(dtype):
+    """The smallest denormal."""
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+
+
 def statistics_eps(dtype):
     """Unit of rounding of what statistics are kept in."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
@@ -148,10 +153,11 @@ def mean_rounding(dy, x_hat, weight, bias, residual, ulp, invstd, average, add_u
     return size(dx), *(size(t.view(-1, channels).sum(0)) for t in (dweight, dbias)), size(dresidual)
 
 
-def check_sums(actual, native, exact, scale, what, where=None, ulps=1, rounding=0.0, through_mean=0.0):
+def check_sums(actual, native, exact, scale, what, where=None, ulps=1, rounding=0.0, through_mean=0.0, terms=1):
     """``scale``: the size of what was added up to get ``exact``, whose rounding no algorithm escapes.
 
-    ``rounding``: how much of that the rounding of z to 16 bits may change; ``through_mean``: what that of the mean may.
+    ``rounding``: how much of that the rounding of z to 16 bits may change; ``through_mean``: what that of the mean may;
+    ``terms``: how many were added up.
     """
     if what.startswith("running"):
         # The statistics of an infinity: inf or NaN, there is nothing to choose.
@@ -160,6 +166,10 @@ def check_sums(actual, native, exact, scale, what, where=None, ulps=1, rounding=
     scale = max(size(exact), scale)
     record(where, what, actual.dtype, ours, theirs, scale)
     floor = (8 * torch.finfo(actual.dtype).eps * ulps + rounding) * scale + through_mean
+    # Below the smallest normal number every product is rounded to a denormal, and then multiplied by 1 / sigma.
+    floor += smallest(torch.promote_types(actual.dtype, torch.float32)) * terms / math.sqrt(EPS) + smallest(
+        actual.dtype
+    )
     assert ours <= 3 * theirs + floor, f"{what}: {ours}, native {theirs}, floor {floor}"
 
 
@@ -289,7 +299,8 @@ def compare_gradients(y, native_y, wanted, dy, arguments, exact, scales, through
         ("dx", "dweight", "dbias", "dresidual"), arguments, exact, scales, through_mean, strict=False
     ):
         if t is not None:
-            check_sums(next(grads), next(native_grads), exact_grad, scale, what, where, ulps, rounding, moved)
+            terms = y.numel() // t.numel()
+            check_sums(next(grads), next(native_grads), exact_grad, scale, what, where, ulps, rounding, moved, terms)
 
 
 def operands(shape, layout, dtype, turn, x=None):

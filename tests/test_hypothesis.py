@@ -201,6 +201,23 @@ FOUND = {
         dtype, shape=(2, 1), kind="one inf", layout="contiguous", dy_layout="contiguous", activation=None,
         weight=False, bias=False, wide=False, seed=0, groups=0,
     ),
+    "products below the smallest normal number, in dweight of a batch": lambda dtype: batch_norm(
+        dtype, shape=(8, 1, 1024), kind="denormal", layout="contiguous", dy_layout="contiguous", activation="relu",
+        weight=True, bias=False, wide=False, seed=1, residual_layout="contiguous", training=True, tracks=False,
+    ),
+    "products below the smallest normal number, in dweight of groups": lambda dtype: group_norm(
+        dtype, shape=(3, 1, 3), kind="denormal", layout="contiguous", dy_layout="contiguous", activation="silu",
+        weight=True, bias=True, wide=False, seed=0, groups=0,
+    ),
+    "the same, of two values": lambda dtype: group_norm(
+        dtype, shape=(2, 1, 2), kind="denormal", layout="contiguous", dy_layout="contiguous", activation="leaky_relu",
+        weight=True, bias=True, wide=False, seed=3, groups=0,
+    ),
+    "the difference of sigmoid and 1": lambda dtype: batch_norm(
+        dtype, shape=(2, 3, 7), kind="mean/sigma 1e2", layout="contiguous", dy_layout="contiguous",
+        activation="sigmoid", weight=True, bias=False, wide=False, seed=3, residual_layout="contiguous",
+        training=False, tracks=False,
+    ),
 }  # fmt: skip
 
 

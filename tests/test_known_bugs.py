@@ -340,6 +340,20 @@ def test_one_gradient_for_all_values_of_a_constant_channel_gives_exactly_0(backe
     assert dx.eq(0).all(), dx
 
 
+@pytest.mark.stricter_than_native("sigmoid's gradient is y * (1 - y), and y rounds to 1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=names)
+def test_the_gradient_of_a_saturated_sigmoid_is_not_0(backend, dtype):
+    z = torch.tensor([-30.0, -17, 0, 12, 17, 30, 80], dtype=dtype)
+    x = torch.zeros(2, len(z), dtype=dtype, requires_grad=True)
+    statistics = torch.zeros(len(z), dtype=dtype), torch.ones(len(z), dtype=dtype)
+    y = batch_norm_act(x, *statistics, None, z, eps=0.0, activation="sigmoid")
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    e = (-z.double().abs()).exp()
+    torch.testing.assert_close(
+        dx.double(), (e / (1 + e).square()).expand(2, -1), rtol=8 * torch.finfo(dtype).eps, atol=0
+    )
+
+
 # dtypes
 
 

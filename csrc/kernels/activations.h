@@ -61,8 +61,9 @@ struct Sigmoid {
   }
   template <class V, class Rounding>
   NORMFUSED_INLINE static V backward(V z, V dy, Rounding) {
-    const V s = forward(z);
-    return dy * (s * (constant<V>(1) - s));
+    // s (1 - s) without the difference, which is 0 from z = 17 on in float; even in z.
+    const V e = exponential(z < constant<V>(0) ? z : -z), s = constant<V>(1) / (constant<V>(1) + e);
+    return dy * (e * s * s);
   }
 };
 
