@@ -127,6 +127,21 @@ def statistics_eps(dtype):
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
+def sizes(dz, x_hat, scale):
+    """Of the terms of dx, and of the sums dweight and dbias as if their terms' signs were random, and of dresidual."""
+    dweight, dbias = (reference._channel_sum(t.square()).sqrt() for t in (dz * x_hat, dz))
+    return size(dz * scale), size(dweight), size(dbias), size(dz)
+
+
+def z_rounding(z, dy, dtype, activation):
+    """By how much dz may change where z is rounded to the 16 bits of ``dtype``: its relative error is that of z times
+    z, and the tails of the curved activations' gradients are exponentials."""
+    dz, ulp = reference.BACKWARD[activation](z, dy), torch.finfo(dtype).eps * z.abs()
+    if activation not in CURVED or dtype.itemsize > 2:
+        return torch.zeros_like(dz)
+    return torch.maximum(*((reference.BACKWARD[activation](z + off, dy) - dz).abs() for off in (ulp, -ulp)))
+
+
 def mean_rounding(dy, x_hat, weight, bias, residual, ulp, invstd, average, add_up, activation):
     """How the mean's rounding may change the gradients (dx, dweight, dbias, dresidual), in training.
 
@@ -153,11 +168,10 @@ def mean_rounding(dy, x_hat, weight, bias, residual, ulp, invstd, average, add_u
     return size(dx), *(size(t.view(-1, channels).sum(0)) for t in (dweight, dbias)), size(dresidual)
 
 
-def check_sums(actual, native, exact, scale, what, where=None, ulps=1, rounding=0.0, through_mean=0.0, terms=1):
+def check_sums(actual, native, exact, scale, what, where=None, ulps=1, more=0.0, terms=1):
     """``scale``: the size of what was added up to get ``exact``, whose rounding no algorithm escapes.
 
-    ``rounding``: how much of that the rounding of z to 16 bits may change; ``through_mean``: what that of the mean may;
-    ``terms``: how many were added up.
+    ``more``: what the rounding of z to 16 bits and that of the mean may change; ``terms``: how many were added up.
     """
     if what.startswith("running"):
         # The statistics of an infinity: inf or NaN, there is nothing to choose.
@@ -165,7 +179,7 @@ def check_sums(actual, native, exact, scale, what, where=None, ulps=1, rounding=
     ours, theirs = largest(error(actual.detach(), exact)), largest(error(native.detach(), exact))
     scale = max(size(exact), scale)
     record(where, what, actual.dtype, ours, theirs, scale)
-    floor = (8 * torch.finfo(actual.dtype).eps * ulps + rounding) * scale + through_mean
+    floor = 8 * torch.finfo(actual.dtype).eps * ulps * scale + more
     # Below the smallest normal number every product is rounded to a denormal, and then multiplied by 1 / sigma.
     floor += smallest(torch.promote_types(actual.dtype, torch.float32)) * terms / math.sqrt(EPS) + smallest(
         actual.dtype
@@ -227,14 +241,11 @@ def check_batch_norm(x, weight, bias, residual, activation, training, dy_layout=
     dy, keep = upstream(z64, native_z, activation, dy_layout)
     arguments = dy.double(), x64, weight64, bias64, residual64, mean, (var + EPS).rsqrt()
     exact = reference.batch_norm_act_backward(*arguments, training, EPS, activation)
-    dz_scaled, *_, dz = reference.batch_norm_act_backward(*arguments, False, EPS, activation)
+    *_, dz = reference.batch_norm_act_backward(*arguments, False, EPS, activation)
     x_hat = reference.batch_norm_act(x64, None, None, None, mean, var, EPS, None)
-    scales = (
-        size(dz_scaled),
-        size(reference._channel_sum((dz * x_hat).square()).sqrt()),
-        size(reference._channel_sum(dz.square()).sqrt()),
-        0,
-    )
+    scale = reference._affine(reference._per_channel((var + EPS).rsqrt(), x64).unsqueeze(0), weight64, None)
+    scales = sizes(dz, x_hat, scale)
+    rounding = sizes(z_rounding(z64, dy.double(), x.dtype, activation), x_hat, scale)
     through_mean = (0.0,) * 4
     if training:
         mean, invstd = (reference._per_channel(t, x64) for t in (mean, (var + EPS).rsqrt()))
@@ -248,7 +259,7 @@ def check_batch_norm(x, weight, bias, residual, activation, training, dy_layout=
             dy.double(), x_hat, weight64, bias64, residual64, ulp, invstd, average, add_up, activation
         )
     compare_gradients(
-        y, native_y, wanted, dy, (x, weight, bias, residual), exact, scales, through_mean, where, ulps, activation
+        y, native_y, wanted, dy, (x, weight, bias, residual), exact, scales, rounding, through_mean, where, ulps
     )
     return keep
 
@@ -271,12 +282,9 @@ def check_group_norm(x, groups, weight, bias, activation, dy_layout="contiguous"
     exact = reference.group_norm_act_backward(dy.double(), x64, weight64, bias64, groups, EPS, activation)
     dz = reference.BACKWARD[activation](z64, dy.double())
     x_hat = reference.group_norm_act(x64, groups, None, None, EPS, None)
-    weighted = dz if weight is None else dz * reference._per_channel(weight64, dz)
-    scales = (
-        size(weighted * reference._per_group(rstd, x64)),
-        size(reference._channel_sum((dz * x_hat).square()).sqrt()),
-        size(reference._channel_sum(dz.square()).sqrt()),
-    )
+    scale = reference._affine(reference._per_group(rstd, x64), weight64, None)
+    scales = sizes(dz, x_hat, scale)
+    rounding = sizes(z_rounding(z64, dy.double(), x.dtype, activation), x_hat, scale)
 
     def average(t):
         return reference._per_group(t.reshape(t.shape[0], groups, -1).mean(2), t)
@@ -287,20 +295,20 @@ def check_group_norm(x, groups, weight, bias, activation, dy_layout="contiguous"
     mean, rstd = (reference._per_group(t, x64) for t in (mean, rstd))
     ulp = statistics_eps(x.dtype) * mean * rstd
     through_mean = mean_rounding(dy.double(), x_hat, weight64, bias64, None, ulp, rstd, average, add_up, activation)
-    compare_gradients(y, native_y, wanted, dy, (x, weight, bias), exact, scales, through_mean, where, ulps, activation)
+    compare_gradients(y, native_y, wanted, dy, (x, weight, bias), exact, scales, rounding, through_mean, where, ulps)
     return keep
 
 
-def compare_gradients(y, native_y, wanted, dy, arguments, exact, scales, through_mean, where, ulps, activation):
-    rounding = torch.finfo(y.dtype).eps if activation in CURVED and y.dtype.itemsize == 2 else 0.0
+def compare_gradients(y, native_y, wanted, dy, arguments, exact, scales, rounding, through_mean, where, ulps):
     grads = iter(torch.autograd.grad(y, wanted, dy))
     native_grads = iter(torch.autograd.grad(native_y, wanted, dy))
-    for what, t, exact_grad, scale, moved in zip(
-        ("dx", "dweight", "dbias", "dresidual"), arguments, exact, scales, through_mean, strict=False
+    allowed = (sum(two) for two in zip(rounding, through_mean, strict=True))
+    for what, t, exact_grad, scale, more in zip(
+        ("dx", "dweight", "dbias", "dresidual"), arguments, exact, scales, allowed, strict=False
     ):
         if t is not None:
             terms = y.numel() // t.numel()
-            check_sums(next(grads), next(native_grads), exact_grad, scale, what, where, ulps, rounding, moved, terms)
+            check_sums(next(grads), next(native_grads), exact_grad, scale, what, where, ulps, more, terms)
 
 
 def operands(shape, layout, dtype, turn, x=None):

@@ -213,6 +213,11 @@ FOUND = {
         dtype, shape=(2, 1, 2), kind="denormal", layout="contiguous", dy_layout="contiguous", activation="leaky_relu",
         weight=True, bias=True, wide=False, seed=3, groups=0,
     ),
+    "z rounded to 16 bits in the tail of sigmoid": lambda dtype: batch_norm(
+        dtype, shape=(1, 5, 7), kind="mean/sigma 1e2", layout="contiguous", dy_layout="contiguous",
+        activation="sigmoid", weight=True, bias=False, wide=True, seed=672, residual_layout="contiguous",
+        training=False, tracks=False,
+    ),
     "the difference of sigmoid and 1": lambda dtype: batch_norm(
         dtype, shape=(2, 3, 7), kind="mean/sigma 1e2", layout="contiguous", dy_layout="contiguous",
         activation="sigmoid", weight=True, bias=False, wide=False, seed=3, residual_layout="contiguous",
