@@ -2,6 +2,7 @@
 #include "../group_norm.h"
 
 #include "drivers.h"
+#include "group_norm_rows.h"
 #include "instruction_set.h"
 #include "partition.h"
 
@@ -25,6 +26,7 @@ class GroupNormDriver {
         partition_(group_norm_partition(e_, args.groups)),
         functions_(args.activation, false),
         second_pass_(second_pass<T>(partition_, e_, args.groups, tensors, tensors + 1)),
+        rows_(args.activation),
         x_(static_cast<const T*>(args.x)),
         weight_(static_cast<const A*>(args.weight)),
         bias_(static_cast<const A*>(args.bias)),
@@ -73,6 +75,24 @@ class GroupNormDriver {
   int64_t first_row(int64_t task) const { return (task % partition_.splits) * partition_.task_rows; }
   int64_t row_count(int64_t task) const { return minimum(partition_.task_rows, e_.S - first_row(task)); }
   int64_t offset_of(int64_t task) const { return (task / partition_.splits * e_.S + first_row(task)) * e_.C; }
+
+  // Rows: weight and bias of every channel, in the workspace.
+  void fill_row_arrays() {
+    for (int64_t c = 0; c < e_.C; ++c) {
+      arrays_[c] = weight_ ? weight_[c] : A(1);
+      arrays_[e_.C + c] = bias(c);
+    }
+  }
+  RowParameters<A> row_parameters(int64_t n, int64_t g) const {
+    return {mean_[n * G_ + g], rstd_[n * G_ + g], 0, 0, arrays_ + g * D_, arrays_ + e_.C + g * D_};
+  }
+  // Rows: f(sample, group) for the groups of a task.
+  template <class F>
+  void for_each_row(int64_t begin, int64_t end, F f) const {
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t g = 0; g < G_; ++g) f(n, g);
+    }
+  }
 
   template <class F>
   void for_each_panel(F f) const {
@@ -125,6 +145,7 @@ class GroupNormDriver {
   const GroupPartition partition_;
   const TileFunctions<T, false> functions_;
   const SecondPass second_pass_;
+  const RowFunctions<T> rows_;
   const T* x_;
   const A *weight_, *bias_;
   A *mean_, *rstd_;
@@ -151,6 +172,8 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
       channels_last();
     } else if (partition_.split) {
       split_groups();
+    } else if (partition_.rows) {
+      rows();
     } else {
       for_each(e_.N * G_, [this](int64_t unit) {
         finish_statistics(unit, plane_moments(x_ + unit * D_ * e_.S, D_ * e_.S, kAheadBytes / sizeof(T)));
@@ -182,6 +205,23 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
         this->functions_.plane.apply(x_ + at, nullptr, y, 1, count, count, second_pass_.ahead, p);
       });
     }
+  }
+
+  void rows() {
+    this->fill_row_arrays();
+    for_each(partition_.splits, [this](int64_t task) {
+      const int64_t begin = task * partition_.task_rows;
+      this->for_each_row(begin, minimum(begin + partition_.task_rows, e_.N), [this](int64_t n, int64_t g) {
+        const int64_t at = (n * G_ + g) * D_;
+        finish_statistics(n * G_ + g, plane_moments(x_ + at, D_, 0));
+        const RowParameters<A> p = this->row_parameters(n, g);
+        for_each_strip(D_, kTile, [&](int64_t i, int64_t count) {
+          write(y_ + at + i, count, second_pass_.streams, [&](T* y) {
+            this->rows_.apply(x_ + at + i, nullptr, y, 1, count, count, second_pass_.ahead, p.from(i));
+          });
+        });
+      });
+    });
   }
 
   void split_groups() {
@@ -280,6 +320,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       }
       return;
     }
+    if (partition_.rows) return rows();
     if (partition_.channels_last) {
       channels_last();
     } else if (partition_.split) {
@@ -315,9 +356,53 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       total += w * sum_dz(n, c);
       total_deviation += w * sum_dz_deviation(n, c);
     }
+    set_through_statistics(n, g, total, total_deviation, offset, slope);
+  }
+
+  // From a group's sums of weight dz and weight dz (x - mean).
+  void set_through_statistics(int64_t n, int64_t g, double total, double total_deviation, A& offset, A& slope) const {
     const double rstd = rstd_[n * G_ + g], count = static_cast<double>(D_ * e_.S);
     offset = static_cast<A>(total / count);
     slope = static_cast<A>(total_deviation * rstd * rstd / count);
+  }
+
+  void rows() {
+    this->fill_row_arrays();
+    const int64_t C = e_.C;
+    for_each(partition_.splits, [this, C](int64_t task) {
+      double* partial = partial_ + task * 2 * C;
+      A* s = this->arrays_ + (2 + 2 * task) * C;
+      A* d = s + C;
+      for (int64_t i = 0; i < 2 * C; ++i) partial[i] = 0;
+      const int64_t first = task * partition_.task_rows, end = minimum(first + partition_.task_rows, e_.N);
+      for_each_strip(end - first, kRowBlock, [&](int64_t from, int64_t count) {
+        for (int64_t i = 0; i < 2 * C; ++i) s[i] = 0;
+        this->for_each_row(first + from, first + from + count, [&](int64_t n, int64_t g) { row(n, g, s, d); });
+        for (int64_t i = 0; i < 2 * C; ++i) partial[i] += s[i];
+      });
+    });
+    add_partials(partial_, partition_.splits, 2 * C);
+    for (int64_t c = 0; c < C; ++c) {
+      if (dbias_) dbias_[c] = static_cast<A>(partial_[c]);
+      if (dweight_) dweight_[c] = static_cast<A>(partial_[C + c]);
+    }
+  }
+
+  // Group g of row n: adds dz and dz x_hat to s and d, and writes dx.
+  void row(int64_t n, int64_t g, A* s, A* d) {
+    const int64_t at = (n * G_ + g) * D_, c = g * D_;
+    RowParameters<A> p = this->row_parameters(n, g);
+    double total = 0, total_deviation = 0;
+    for_each_strip(D_, kTile, [&](int64_t i, int64_t count) {
+      this->rows_.sums(x_ + at + i, dy_ + at + i, count, p.from(i), s + c + i, d + c + i, total, total_deviation);
+    });
+    if (!dx_) return;
+    set_through_statistics(n, g, total, total_deviation, p.offset, p.slope);
+    for_each_strip(D_, kTile, [&](int64_t i, int64_t count) {
+      write(dx_ + at + i, count, second_pass_.streams, [&](T* dx) {
+        this->rows_.backward(x_ + at + i, dy_ + at + i, nullptr, dx, 1, count, count, second_pass_.ahead, p.from(i));
+      });
+    });
   }
 
   void parameter_gradients() {
@@ -433,7 +518,6 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       for_each(e_.N, finish_sample);
       for_each(tasks, [&](int64_t task) { apply(tasks - 1 - task); });
     }
-    parameter_gradients();
   }
 
   const T* dy_;

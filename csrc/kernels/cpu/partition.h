@@ -15,6 +15,8 @@ constexpr int64_t kMaxTasks = 64;
 constexpr int64_t kSmallPlane = 256;
 // Elements of a plane that one task of split planes takes.
 constexpr int64_t kSegment = 65536;
+// Elements of a group in one row from which on it is worth loops of its own.
+constexpr int64_t kLongRow = 64;
 
 struct Partition {
   enum class Path {
@@ -79,7 +81,9 @@ struct GroupPartition {
   bool channels_last;
   // Contiguous: too few groups to give every thread one, so a group is worked on in segments.
   bool split;
-  // channels_last: ranges of rows that a sample is divided into, and the rows of one.
+  // One element to a channel, and long groups: a sample is a row, and a task takes so many of them.
+  bool rows;
+  // channels_last: ranges of rows that a sample is divided into, and the rows of one; rows: tasks, and a task's rows.
   int64_t splits, task_rows;
   // Doubles for partial sums of tasks, and for sums by sample and channel; A for arrays by sample and channel.
   int64_t partials, sums, arrays;
@@ -92,6 +96,15 @@ inline GroupPartition group_norm_partition(const Extent& e, int64_t groups) {
   if (!p.channels_last) {
     p.split = e.N * groups < 32 && e.numel() > kTaskWork;
     if (p.split) p.partials = 3 * e.N * groups * divide_up(e.C / groups * e.S, kSegment);
+    p.rows = !p.split && e.S == 1 && e.C / groups >= kLongRow;
+    if (p.rows) {
+      const int64_t tasks = minimum(maximum(e.N * e.C / kTaskWork, 1), kMaxTasks);
+      p.task_rows = divide_up(e.N, tasks);
+      p.splits = divide_up(e.N, maximum(p.task_rows, 1));
+      p.sums = 0;
+      p.partials = p.splits * 2 * e.C;
+      p.arrays = (2 + 2 * p.splits) * e.C;
+    }
     return p;
   }
   const int64_t most = divide_up(kMaxTasks, maximum(e.N, 1));
