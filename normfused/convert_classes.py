@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from .distributed import SyncBatchNormAct
-from .modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
+from .modules import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    GroupNormAct,
+    InstanceNormAct1d,
+    InstanceNormAct2d,
+    InstanceNormAct3d,
+    LayerNormAct,
+)
 
 _FUSED_CLASS = {
     nn.BatchNorm1d: BatchNormAct1d,
@@ -16,7 +25,15 @@ _FUSED_CLASS = {
     nn.BatchNorm3d: BatchNormAct3d,
     nn.GroupNorm: GroupNormAct,
 }
-_PLAIN_CLASS = {fused: plain for plain, fused in _FUSED_CLASS.items()} | {SyncBatchNormAct: nn.SyncBatchNorm}
+# What revert knows beside them.
+_PLAIN_CLASS: dict[type, type] = {
+    **{fused: plain for plain, fused in _FUSED_CLASS.items()},
+    SyncBatchNormAct: nn.SyncBatchNorm,
+    InstanceNormAct1d: nn.InstanceNorm1d,
+    InstanceNormAct2d: nn.InstanceNorm2d,
+    InstanceNormAct3d: nn.InstanceNorm3d,
+    LayerNormAct: nn.LayerNorm,
+}
 _NORM_BASES = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 ACTIVATION_CLASS = {

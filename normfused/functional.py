@@ -1,5 +1,7 @@
 """Functional forms of the fused layers, with the arguments of torch.nn.functional."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -142,6 +144,157 @@ def group_norm_act(
     if recompute.local.choice is not None and recompute.takes(y):
         recompute.remember_group_norm(y, input, weight, bias, num_groups, eps, activation, backend)
     return y
+
+
+def layer_norm_act(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """Layer normalisation and an activation in one operator.
+
+    Computes ``activation((x - mean) / sqrt(var + eps) * weight + bias)`` with the statistics of the last dimensions
+    (Ba et al. 2016, https://arxiv.org/abs/1607.06450): a group normalisation of rows, with one group.
+
+    Args:
+        input: ``(*, *normalized_shape)``; float32, float64, float16 or bfloat16; read as it is where contiguous.
+        normalized_shape: the last dimensions of ``input``.
+        weight, bias: of shape ``normalized_shape`` or None, of ``input``'s dtype, or float32 for a 16-bit ``input``.
+        eps: added to the variance.
+        activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
+
+    Returns:
+        A contiguous tensor of ``input``'s shape; its dtype too, but float32 under CUDA's autocast, as native's.
+
+    Raises:
+        ValueError: unknown activation.
+        NotImplementedError: integer, boolean or complex ``input``.
+        TypeError: an argument is not of its type.
+        RuntimeError: ``normalized_shape`` is empty or not what ``input``'s shape ends with; sizes or dtypes of the
+            other arguments do not fit.
+    """
+    if not isinstance(input, torch.Tensor):
+        raise _not_a_tensor("layer_norm_act", "input", input)
+    shape = tuple(normalized_shape)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(
+            f"layer_norm_act: normalized_shape must be what input's shape ends with, got {shape} "
+            f"for input of shape {tuple(input.shape)}"
+        )
+    _raise(_not_tensors("layer_norm_act", weight=weight, bias=bias))
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and tuple(t.shape) != shape:
+            raise RuntimeError(
+                f"layer_norm_act: {name} must have the shape normalized_shape, {shape}, got {tuple(t.shape)}"
+            )
+    size = math.prod(shape)
+    if input.numel() <= 1 or _is_transformed():
+        # Nothing to normalise, or one value, which native makes 0.
+        _raise(_activation_or_dtype_error("layer_norm_act", input, activation))
+        return native.layer_norm_act(input, shape, weight, bias, eps, activation)
+    if len(shape) > 1:
+        weight, bias = (None if t is None else t.reshape(size) for t in (weight, bias))
+    rows = input if input.dim() == 2 and len(shape) == 1 else input.reshape(-1, size)
+    # By strides, a matrix with one column or a transposed one could be read as channels_last: rows are dense.
+    y = group_norm_act(rows.contiguous(), 1, weight, bias, eps, activation=activation)
+    return y if rows is input else y.view(input.shape)
+
+
+def instance_norm_act(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """Instance normalisation and an activation in one operator.
+
+    Computes ``activation((x - mean) / sqrt(var + eps) * weight + bias)`` with the statistics of each sample's channels
+    (Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022): a group normalisation with as many groups as channels. With
+    running statistics to update it is a batch normalisation of one sample of N * C channels, and without
+    ``use_input_stats`` one in evaluation.
+
+    Args:
+        input: ``(N, C, *)``; float32, float64, float16 or bfloat16; contiguous and channels_last are read as they are,
+            but channels_last is copied where running statistics are updated.
+        running_mean, running_var: ``(C,)`` or None; updated in place when ``use_input_stats``, used when not.
+        weight, bias: ``(C,)`` or None, of ``input``'s dtype, or float32 for a 16-bit ``input``.
+        use_input_stats: normalise with the statistics of ``input``.
+        momentum: weight of the new value in the running statistics, whose new value is the mean over the samples.
+        eps: added to the variance.
+        activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
+
+    Returns:
+        A tensor of ``input``'s shape and dtype, in its memory format; contiguous, as native's always is, where running
+        statistics are updated.
+
+    Raises:
+        ValueError: one value per sample and channel, unknown activation, one of running_mean and running_var alone.
+        NotImplementedError: integer, boolean or complex ``input``.
+        TypeError: an argument is not of its type.
+        RuntimeError: sizes or dtypes of the other arguments do not fit, or statistics are missing without
+            ``use_input_stats``.
+    """
+    if not isinstance(input, torch.Tensor):
+        raise _not_a_tensor("instance_norm_act", "input", input)
+    _raise(_not_tensors("instance_norm_act", running_mean=running_mean, running_var=running_var))
+    if not use_input_stats:
+        return batch_norm_act(
+            input, running_mean, running_var, weight, bias, False, momentum, eps, activation=activation
+        )
+    if math.prod(input.shape[2:]) == 1:
+        raise ValueError(
+            "instance_norm_act: expected more than 1 value per sample and channel, "
+            f"got input of shape {tuple(input.shape)}"
+        )
+    if input.numel() == 0 or _is_transformed():
+        _raise(_activation_or_dtype_error("instance_norm_act", input, activation))
+        return native.instance_norm_act(input, running_mean, running_var, weight, bias, True, momentum, eps, activation)
+    samples, channels = input.shape[:2]
+    if running_mean is None and running_var is None:
+        return group_norm_act(input, channels, weight, bias, eps, activation=activation)
+    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if isinstance(t, torch.Tensor) and tuple(t.shape) != (channels,):
+            raise RuntimeError(
+                f"instance_norm_act: {name} must have shape ({channels}), one value for each channel of input, "
+                f"got {tuple(t.shape)}"
+            )
+    mean, var, weight, bias = (
+        t.repeat(samples) if isinstance(t, torch.Tensor) else t for t in (running_mean, running_var, weight, bias)
+    )
+    y = batch_norm_act(
+        input.reshape(1, samples * channels, *input.shape[2:]),
+        mean,
+        var,
+        weight,
+        bias,
+        True,
+        momentum,
+        eps,
+        activation=activation,
+    )
+    # torch.utils.checkpoint runs this again in the backward pass: they have been updated.
+    if torch.compiler.is_compiling() or not recompute.in_backward():
+        with torch.no_grad():
+            for running, repeated in ((running_mean, mean), (running_var, var)):
+                if running is not None and repeated is not None:
+                    running.copy_(repeated.view(samples, channels).mean(0))
+    return y.view(input.shape)
+
+
+def _activation_or_dtype_error(function: str, input: torch.Tensor, activation: str | None) -> Exception | None:
+    if activation is not None and activation not in native.ACTIVATIONS:
+        return _unknown_activation("activation", activation)
+    return None if input.dtype in _DTYPES else _unsupported_dtype(function, input)
 
 
 def _batch_norm_act(

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from . import native
-from .functional import _batch_norm_act, _unknown_activation, group_norm_act
+from .functional import (
+    _batch_norm_act,
+    _unknown_activation,
+    group_norm_act,
+    instance_norm_act,
+    layer_norm_act,
+)
 
 
 class _RefuseSyncConversion:
@@ -144,16 +150,8 @@ class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
     __doc__ = _BATCH_NORM_DOC.format(d=3, shape="``(N, C, D, H, W)``")
 
 
-class GroupNormAct(nn.GroupNorm):
-    """torch.nn.GroupNorm followed by an activation, in one operator.
-
-    Takes torch.nn.GroupNorm's arguments, has its parameters and state_dict, and is an instance of it.
-
-    Args:
-        activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
-
-    ``forward(input)`` takes ``(N, C, *)``. Errors are those of :func:`normfused.functional.group_norm_act`.
-    """
+class _NormAct:
+    """What the layers that normalise each sample by itself add to their torch.nn base class."""
 
     activation: str | None
 
@@ -165,11 +163,82 @@ class GroupNormAct(nn.GroupNorm):
 
     @property
     def pre_activation(self) -> None:
-        """Always None: an activation before a GroupNorm is not fused."""
+        """Always None: only a BatchNorm is fused with an activation before it."""
         return None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"  # type: ignore[misc]
+
+
+class GroupNormAct(_NormAct, nn.GroupNorm):
+    """torch.nn.GroupNorm followed by an activation, in one operator.
+
+    Takes torch.nn.GroupNorm's arguments, has its parameters and state_dict, and is an instance of it.
+
+    Args:
+        activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
+
+    ``forward(input)`` takes ``(N, C, *)``. Errors are those of :func:`normfused.functional.group_norm_act`.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return group_norm_act(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+class LayerNormAct(_NormAct, nn.LayerNorm):
+    """torch.nn.LayerNorm followed by an activation, in one operator.
+
+    Takes torch.nn.LayerNorm's arguments, has its parameters and state_dict, and is an instance of it.
+
+    Args:
+        activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
+
+    ``forward(input)`` takes ``(*, *normalized_shape)``. Errors are those of
+    :func:`normfused.functional.layer_norm_act`.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return layer_norm_act(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, activation=self.activation
+        )
+
+
+class _InstanceNormAct(_NormAct):
+    """What InstanceNormAct1d, 2d and 3d add: the rest of the forward, the checks among it, is torch.nn's."""
+
+    def _apply_instance_norm(self: Any, input: torch.Tensor) -> torch.Tensor:
+        return instance_norm_act(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            self.momentum if self.momentum is not None else 0.0,
+            self.eps,
+            activation=self.activation,
+        )
+
+
+_INSTANCE_NORM_DOC = """torch.nn.InstanceNorm{d}d followed by an activation, in one operator.
+
+Takes torch.nn.InstanceNorm{d}d's arguments, has its parameters, buffers and state_dict, and is an instance of it.
+
+Args:
+    activation: "relu", "relu6", "silu", "hardswish", "sigmoid", "leaky_relu" (slope 0.01) or None.
+
+``forward(input)`` takes {shape}, keeps its memory format, and raises what torch.nn.InstanceNorm{d}d raises, or
+:func:`normfused.functional.instance_norm_act`.
+"""
+
+
+class InstanceNormAct1d(_InstanceNormAct, nn.InstanceNorm1d):
+    __doc__ = _INSTANCE_NORM_DOC.format(d=1, shape="``(N, C, L)`` or ``(C, L)``")
+
+
+class InstanceNormAct2d(_InstanceNormAct, nn.InstanceNorm2d):
+    __doc__ = _INSTANCE_NORM_DOC.format(d=2, shape="``(N, C, H, W)`` or ``(C, H, W)``")
+
+
+class InstanceNormAct3d(_InstanceNormAct, nn.InstanceNorm3d):
+    __doc__ = _INSTANCE_NORM_DOC.format(d=3, shape="``(N, C, D, H, W)`` or ``(C, D, H, W)``")

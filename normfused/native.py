@@ -75,3 +75,32 @@ def group_norm_act(
 ) -> torch.Tensor:
     """``activation(group_norm(x))``."""
     return activate(F.group_norm(x, num_groups, _weight(weight, bias), bias, eps), activation)
+
+
+def layer_norm_act(
+    x: torch.Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> torch.Tensor:
+    """``activation(layer_norm(x))``."""
+    return activate(F.layer_norm(x, normalized_shape, _weight(weight, bias), bias, eps), activation)
+
+
+def instance_norm_act(
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+) -> torch.Tensor:
+    """``activation(instance_norm(x))``."""
+    weight = _weight(weight, bias)
+    z = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return activate(z, activation)
