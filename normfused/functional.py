@@ -192,8 +192,8 @@ def layer_norm_act(
                 f"layer_norm_act: {name} must have the shape normalized_shape, {shape}, got {tuple(t.shape)}"
             )
     size = math.prod(shape)
-    if input.numel() <= 1 or _is_transformed():
-        # Nothing to normalise, or one value, which native makes 0.
+    # Nothing to normalise, or one value, which native makes 0; and native's LayerNorm is not its GroupNorm of rows.
+    if input.numel() <= 1 or _is_transformed() or backends.choose(input) == "torch":
         _raise(_activation_or_dtype_error("layer_norm_act", input, activation))
         return native.layer_norm_act(input, shape, weight, bias, eps, activation)
     if len(shape) > 1:
