@@ -100,7 +100,7 @@ LAYOUTS = ("as_given", "noncontiguous", "channels_last", "sliced", "permuted", "
 
 def laid_out(x, layout):
     """``x`` as PyTorch gives it, or in one of our layouts."""
-    if layout not in layouts(x.dim()) or x.numel() == 0:
+    if x.dim() < 2 or layout not in layouts(x.dim()) or x.numel() == 0:
         return x
     return in_layout(x, layout).requires_grad_(x.requires_grad)
 
