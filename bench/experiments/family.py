@@ -283,7 +283,8 @@ def _cubes(plt):
         "InstanceNorm": lambda c, n: (c == 0) & (n == 0),
         "GroupNorm": lambda c, n: (c < group) & (n == 0),
     }
-    figure = plt.figure(figsize=(13, 3.6), layout="constrained")
+    figure = plt.figure(figsize=(13, 3.8))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.86, wspace=0.02)
     for number, (name, chosen) in enumerate(shared.items()):
         axis = figure.add_subplot(1, 4, number + 1, projection="3d")
         whole = torch.ones(channels, batch, places, dtype=torch.bool)
