@@ -223,6 +223,10 @@ FOUND = {
         activation="sigmoid", weight=True, bias=False, wide=False, seed=3, residual_layout="contiguous",
         training=False, tracks=False,
     ),
+    "neighbours that are alike, as a sample of the mean": lambda dtype: group_norm(
+        dtype, shape=(2, 64, 49), kind="normal", layout="expanded", dy_layout="contiguous", activation=None,
+        weight=False, bias=False, wide=False, seed=1, groups=0,
+    ),
 }  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 // Mean and variance of planes and of columns.
 //
 // Sums of deviations from a shift taken from the data itself: with k of n values averaged into the shift, the relative
-// error that cancellation adds to a variance is at most (1 + n / k) units of rounding, whatever the mean. Where squares
-// overflow the arithmetic type, the values are summed again in double.
+// error that cancellation adds to a variance is at most (1 + n / k) units of rounding, whatever the mean. The k are
+// spread out: neighbours are often alike, and would be as far from the mean as one of them. Where squares overflow the
+// arithmetic type, the values are summed again in double.
 #pragma once
 
 #include "../welford.h"
@@ -24,14 +25,16 @@ WelfordData exact_moments(const T* x, int64_t n, int64_t stride) {
   return {static_cast<double>(n), mean, m2};
 }
 
-// Rows whose mean is the shift of a block of rows.
-constexpr int64_t kSample = 16;
+// Rows that are averaged into the shift of a block of rows, and vectors into that of a tile.
+constexpr int64_t kSampledRows = 16, kSampledVectors = 8;
 
+// The average of some of the rows.
 template <class T, class A>
-void average_rows(const T* x, int64_t rows, int64_t cols, int64_t stride, A* average) {
-  const A per_row = A(1) / rows;
+void sample_rows(const T* x, int64_t rows, int64_t cols, int64_t stride, A* average) {
+  const int64_t sampled = minimum(rows, kSampledRows), step = rows / sampled * stride;
+  const A per_row = A(1) / sampled;
   for (int64_t c = 0; c < cols; ++c) average[c] = 0;
-  for (int64_t r = 0; r < rows; ++r, x += stride) {
+  for (int64_t r = 0; r < sampled; ++r, x += step) {
     for_each_vector<A>(cols, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
       using V = decltype(lanes);
       store(average + c, load<V>(average + c) + load<V>(x + c) * constant<V>(per_row));
@@ -39,12 +42,22 @@ void average_rows(const T* x, int64_t rows, int64_t cols, int64_t stride, A* ave
   }
 }
 
+// The average of some of n adjacent values.
+template <class T>
+arithmetic_t<T> sample(const T* x, int64_t n) {
+  using A = arithmetic_t<T>;
+  constexpr int64_t kSampled = kSampledVectors * kLanes<A>;
+  if (n < kSampled) return static_cast<A>(sum(x, n) / n);
+  Vector<A> total{};
+  for (int64_t k = 0; k < kSampledVectors; ++k) total += load<Vector<A>>(x + k * (n / kSampledVectors));
+  return sum_of_lanes<A, kLanes<A>>(total) / kSampled;
+}
+
 // At most kTile adjacent values.
 template <class T>
 WelfordData tile_moments(const T* x, int64_t n, int64_t ahead) {
   using A = arithmetic_t<T>;
-  const int64_t sample = minimum(n, 64);
-  const A shift = static_cast<A>(sum(x, sample) / sample);
+  const A shift = sample(x, n);
   double sums[2] = {};
   accumulate<2, A>(n, sums, [=](int64_t i, auto& s) __attribute__((always_inline)) {
     using V = lane_type<decltype(s[0])>;
@@ -88,7 +101,7 @@ void column_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, doub
   for (int64_t r = 0; r < rows; r += kRowBlock) {
     const int64_t count = minimum(kRowBlock, rows - r);
     const T* block = x + r * stride;
-    average_rows(block, minimum(count, kSample), cols, stride, shift);
+    sample_rows(block, count, cols, stride, shift);
     for (int64_t c = 0; c < cols; ++c) s1[c] = s2[c] = 0;
     add_shifted_moments(block, count, cols, stride, shift, s1, s2);
     A finite = 0;
@@ -133,11 +146,11 @@ void group_moments(const T* x, int64_t rows, int64_t cols, int64_t group, int64_
   for (int64_t r = 0; r < rows; r += kRowBlock) {
     const int64_t count = minimum(kRowBlock, rows - r);
     const T* block = x + r * stride;
-    average_rows(block, minimum(count, kSample), cols, stride, shift);
+    sample_rows(block, count, cols, stride, shift);
     for (int64_t c = 0; c < cols; c += group) {
-      const A sample = static_cast<A>(sum(shift + c, group) / group);
+      const A average = static_cast<A>(sum(shift + c, group) / group);
       for (int64_t i = c; i < c + group; ++i) {
-        shift[i] = sample;
+        shift[i] = average;
         s1[i] = s2[i] = 0;
       }
     }

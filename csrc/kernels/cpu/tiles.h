@@ -105,23 +105,30 @@ NORMFUSED_INLINE void for_each_element(int64_t rows, int64_t cols, int64_t strid
 }
 
 // Adds to sums over n elements: add(i, s) takes the elements from i on into s[kSums], vectors or single values. Four
-// streams of vectors, so that no addition waits for the one before.
+// streams of vectors, so that no addition waits for the one before; emptied after a few, so that values which repeat do
+// not add up their roundings.
 template <int kSums, class A, class F>
 NORMFUSED_INLINE void accumulate(int64_t n, double (&sums)[kSums], F add) {
   using V = Vector<A>;
-  constexpr int kStreams = 4;
-  V streams[kStreams][kSums] = {};
+  constexpr int64_t kLane = kLanes<A>, kStep = 4 * kLane, kRun = 8 * kStep;
+  V total[kSums];
+  for (V& v : total) v = V{};
   int64_t i = 0;
-  for (; i + kStreams * kLanes<A> <= n; i += kStreams * kLanes<A>) {
-    for (int k = 0; k < kStreams; ++k) add(i + k * kLanes<A>, streams[k]);
+  while (i + kStep <= n) {
+    V a[kSums], b[kSums], c[kSums], d[kSums];
+    for (int j = 0; j < kSums; ++j) a[j] = b[j] = c[j] = d[j] = V{};
+    for (const int64_t last = minimum(n, i + kRun) - kStep; i <= last; i += kStep) {
+      add(i, a);
+      add(i + kLane, b);
+      add(i + 2 * kLane, c);
+      add(i + 3 * kLane, d);
+    }
+    for (int j = 0; j < kSums; ++j) total[j] += (a[j] + b[j]) + (c[j] + d[j]);
   }
-  for (; i + kLanes<A> <= n; i += kLanes<A>) add(i, streams[0]);
+  for (; i + kLane <= n; i += kLane) add(i, total);
   A rest[kSums] = {};
   for (; i < n; ++i) add(i, rest);
-  for (int j = 0; j < kSums; ++j) {
-    const V all = (streams[0][j] + streams[1][j]) + (streams[2][j] + streams[3][j]);
-    sums[j] += static_cast<double>(sum_of_lanes<A, kLanes<A>>(all)) + rest[j];
-  }
+  for (int j = 0; j < kSums; ++j) sums[j] += static_cast<double>(sum_of_lanes<A, kLanes<A>>(total[j])) + rest[j];
 }
 
 template <class T>
