@@ -81,7 +81,10 @@ def test_opcheck_group_norm_act(dtype, memory_format, affine):
 
 
 # Shapes that take every path of csrc/kernels/cpu/partition.h, in both memory formats.
-PATHS = ((40, 33, 7, 7), (3, 40, 20, 21), (2, 3, 300, 301), (600, 70), (9, 31, 13, 11), (64, 20, 33, 32), (5, 3, 1, 1))
+PATHS = (
+    *((40, 33, 7, 7), (3, 40, 20, 21), (2, 3, 300, 301), (9, 31, 13, 11), (64, 20, 33, 32), (5, 3, 1, 1)),
+    *((600, 70), (70, 2100)),
+)
 
 
 @pytest.fixture
@@ -143,6 +146,14 @@ def test_one_thread_and_many_are_bitwise_equal(shape):
         torch.set_num_threads(threads)
 
 
+def assert_near(results, expected, dtype):
+    """Within the rounding of dtype, as a share of the largest value or of 1."""
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for ours, exact in zip(results, expected, strict=True):
+        scale = exact.abs().max().clamp_min(1)
+        torch.testing.assert_close(ours.double() / scale, exact / scale, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("shape", PATHS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -197,10 +208,28 @@ def test_every_instruction_set_agrees_with_the_reference(name, shape, dtype, res
                     "silu",
                 ),
             ]
-            tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-            for ours, exact in zip((y, args[4], args[5], *grads), expected, strict=True):
-                scale = exact.abs().max().clamp_min(1)
-                torch.testing.assert_close(ours.double() / scale, exact / scale, rtol=0, atol=tolerance)
+            assert_near((y, args[4], args[5], *grads), expected, dtype)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("shape", PATHS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_normalises_groups_as_the_reference(name, shape, dtype, restore_instruction_set):
+    try:
+        torch.ops.normfused.use_cpu_instruction_set(name)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    for memory_format in formats_of(shape):
+        x, dy, _, weight, bias, _, _ = tensors(shape, dtype, memory_format)
+        x64, dy64, weight64, bias64 = (t.double() for t in (x, dy, weight, bias))
+        for groups in {1, shape[1]} if x[0].numel() > shape[1] else {1}:
+            y, mean, rstd = ops.group_norm_act(x, weight, bias, groups, 1e-5, "silu")
+            grads = ops.group_norm_act_backward(dy, x, weight, bias, mean, rstd, groups, "silu", True, True, True)
+            expected = (
+                reference.group_norm_act(x64, groups, weight64, bias64, 1e-5, "silu"),
+                *reference.group_norm_act_backward(dy64, x64, weight64, bias64, groups, 1e-5, "silu"),
+            )
+            assert_near((y, *grads), expected, dtype)
 
 
 def test_baseline_and_vector_code_agree_on_denormals_infinities_and_nan(restore_instruction_set):
