@@ -253,10 +253,10 @@ def page(record, found):
     sentences = [
         f"A ResNet of three blocks ({settings['width']} channels in the stem) on {settings['size']}×{settings['size']} "
         f"images, trained on the first {half} classes, then fine-tuned on the other {rest} with a new classifier; "
-        f"batch {settings['batch']}, SGD (momentum {MOMENTUM}, lr {settings['lr']:g}, then {settings['lr'] * FINE_TUNED:g}), {settings['epochs']} epochs "
-        f"each, {settings['seeds']} seeds. Near-identical: {COPIES} copies of one held-out image with noise of {NOISE} "
-        f"standard deviations, {TRIED} images. Lost: running statistics are not in the checkpoint; the new network "
-        "keeps mean 0 and variance 1.",
+        f"batch {settings['batch']}, SGD (momentum {MOMENTUM}, lr {settings['lr']:g}, then "
+        f"{settings['lr'] * FINE_TUNED:g}), {settings['epochs']} epochs each, {settings['seeds']} seeds. "
+        f"Near-identical: {COPIES} copies of one held-out image with noise of {NOISE} standard deviations, {TRIED} "
+        "images. Lost: running statistics are not in the checkpoint; the new network keeps mean 0 and variance 1.",
         f"A strict `load_state_dict` refuses that checkpoint (asserted): `{refusal[:160]} …`. The failures below need "
         "`strict=False`.",
     ]
