@@ -29,6 +29,9 @@ def short(monkeypatch):
     monkeypatch.setattr(initialisation, "BLOCK", 2)
     monkeypatch.setattr(initialisation, "BLOCKS", 2)
     monkeypatch.setattr(inference, "TRIED", 4)
+    monkeypatch.setattr(family, "ROUNDS", 1)
+    monkeypatch.setitem(family.TIMED, "InstanceNorm2d", ((2, 64, 3, 3), *family.TIMED["InstanceNorm2d"][1:]))
+    monkeypatch.setitem(family.TIMED, "LayerNorm", ((2, 3, 768), *family.TIMED["LayerNorm"][1:]))
 
 
 def run(name, folder, *arguments):
@@ -73,6 +76,12 @@ def test_what_an_experiment_writes(name, tmp_path, capsys):
         assert " ".join(f"{weight:+.4f}" for weight in weights) in printed.out
     if name == "inference":
         assert "Missing key(s) in state_dict" in page
+    if name == "family":
+        timed = content["runs"]["speed"]["result"]
+        assert len(timed) == 6
+        assert all(times["native"] > 0 < times["ours"] for times in timed.values())
+        silu = timed["LayerNorm 2×3×768, silu"]
+        assert f"silu {silu['ours'] / silu['native']:.2f}" in page
 
 
 class Cut(BaseException):

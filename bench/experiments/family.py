@@ -1,6 +1,8 @@
 """Batch-, Layer-, Instance- and GroupNorm on one tensor: which elements each averages, how they are related, and
 accuracy against batch size for BatchNorm and GroupNorm."""
 
+import statistics
+import time
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,21 @@ NORMS = {"BN": None, "GN": GROUPS}
 SHAPE, SHAPE_GROUPS = (6, 8, 5, 4), 4
 # Largest difference that is rounding in float32: values are a few units.
 ROUNDING = 2e-5
+# Layers that are timed: sizes of x, torch.nn's layer, ours with an activation.
+TIMED = {
+    "InstanceNorm2d": (
+        (32, 64, 56, 56),
+        lambda: nn.InstanceNorm2d(64, affine=True),
+        lambda activation: normfused.InstanceNormAct2d(64, affine=True, activation=activation),
+    ),
+    "LayerNorm": (
+        (64, 197, 768),
+        lambda: nn.LayerNorm(768),
+        lambda activation: normfused.LayerNormAct(768, activation=activation),
+    ),
+}
+ACTIVATIONS = {None: nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU}
+ROUNDS = 15
 # Accuracy "falls" with the batch size where it loses more than this from 32 to 2.
 FALLS = 0.02
 
@@ -51,14 +68,14 @@ FAMILY = {
         SHAPE,
         (1, 2, 3),
         lambda: nn.LayerNorm(SHAPE[1:], elementwise_affine=False),
-        lambda: normfused.GroupNormAct(1, _C, affine=False),
+        lambda: normfused.LayerNormAct(SHAPE[1:], elementwise_affine=False),
     ),
     "InstanceNorm": Member(
         "H, W: one for each channel of each image",
         SHAPE,
         (2, 3),
         lambda: nn.InstanceNorm2d(_C),
-        lambda: normfused.GroupNormAct(_C, _C, affine=False),
+        lambda: normfused.InstanceNormAct2d(_C),
     ),
     "GroupNorm": Member(
         f"C / G, H, W: one for each of G groups of channels of each image (G = {SHAPE_GROUPS})",
@@ -138,13 +155,46 @@ def check(seed=0):
     return found
 
 
+def speed(seed=0):
+    """Seconds of forward and backward of each of TIMED with each activation, {"layer, activation": {"native", "ours"}}.
+
+    Medians of rounds in which all take turns.
+    """
+    calls = {}
+    for name, (shape, native, ours) in TIMED.items():
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+        for activation, function in ACTIVATIONS.items():
+            what = f"{name} {'×'.join(map(str, shape))}, {activation or 'no activation'}"
+            layer = native() if activation is None else nn.Sequential(native(), function())
+            calls[what, "native"] = _call(layer, x)
+            calls[what, "ours"] = _call(ours(activation), x)
+    times = {key: [] for key in calls}
+    for _ in range(1 + ROUNDS):
+        for key, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[key].append(time.perf_counter() - start)
+    # The first round is for warming up.
+    medians = {key: statistics.median(seconds[1:]) for key, seconds in times.items()}
+    return {what: {who: medians[what, who] for who in ("native", "ours")} for what, _ in calls}
+
+
+def _call(layer, x):
+    dy = torch.randn_like(x)
+    wanted = [x, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(x), wanted, dy)
+
+
 def run(options, images, record):
-    """Check the numbers, then train BN and GN at each batch size."""
+    """Check the numbers, time the layers, then train BN and GN at each batch size."""
     if options.width % GROUPS:
         raise ValueError(f"--width {options.width} is not a multiple of {GROUPS}, the number of groups")
     images.steps(max(BATCHES))
     _, checks = record.run(part="checks")
     checks["result"] = check(options.seed)
+    _, timed = record.run(part="speed")
+    if timed["result"] is None:
+        timed["result"] = speed(options.seed)
     images = images.resized(options.size).standardised()
     cases = [
         (norm, batch, seed)
@@ -218,6 +268,20 @@ def claims(record):
         ),
         same("BN in evaluation", "folds into x·scale + shift", "BN in evaluation, x·scale + shift"),
     ]
+    for name in TIMED:
+        ratios = {
+            what.rsplit(", ", 1)[1]: times["ours"] / times["native"]
+            for what, times in record.runs["speed"]["result"].items()
+            if what.startswith(name)
+        }
+        found.append(
+            Claim(
+                f"time of {name}Act over torch.nn's, forward and backward",
+                "our goal: at most 1, less with an activation",
+                ", ".join(f"{activation} {ratio:.2f}" for activation, ratio in ratios.items()),
+                max(ratios.values()) <= 1 and min(ratios.values()) < 1,
+            )
+        )
     falls = {}
     for norm in NORMS:
         large, small = (_mean(_accuracies(record, norm, batch)) for batch in (max(BATCHES), min(BATCHES)))
@@ -245,6 +309,10 @@ def page(record, found):
         for name, member in FAMILY.items()
     ]
     identities = [(name, f"{value:.1e}") for name, value in checks["identities"].items()]
+    timed = [
+        (what, f"{1e3 * times['native']:.1f}", f"{1e3 * times['ours']:.1f}", f"{times['native'] / times['ours']:.2f}")
+        for what, times in record.runs["speed"]["result"].items()
+    ]
     accuracy = [(norm, *(spread(_accuracies(record, norm, batch)) for batch in BATCHES)) for norm in NORMS]
     tables = [
         (
@@ -253,6 +321,7 @@ def page(record, found):
             rows,
         ),
         ("Largest difference between two", ("", ""), identities),
+        ("Forward and backward, ms", ("", "torch.nn", "ours", "torch.nn / ours"), timed),
         ("Held-out accuracy by batch size", ("", *map(str, BATCHES)), accuracy),
     ]
     return page_of("normfused: the family of normalisations", record, sentences, found, tables)
