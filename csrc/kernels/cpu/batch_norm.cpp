@@ -63,7 +63,11 @@ class BatchNormForwardDriver {
  private:
   template <class F>
   void for_each(int64_t tasks, F f) {
-    for_each_task(parallel_for_, tasks, e_.numel(), f);
+    for_each_task<false>(parallel_for_, tasks, e_.numel(), f);
+  }
+  template <class F>
+  void for_each_backwards(int64_t tasks, F f) {
+    for_each_task<true>(parallel_for_, tasks, e_.numel(), f);
   }
 
   void use_running_statistics() {
@@ -196,9 +200,7 @@ class BatchNormForwardDriver {
     }
     const ColumnParameters<A>& p = workspace_.parameters;
     for (int64_t c = 0; c < e_.C; ++c) p.set(c, cols, e_.C, plane_parameters(c));
-    for_each(partition_.tasks, [&](int64_t task) {
-      // From the last task to the first: the end of the input is what the cache still holds.
-      const int64_t t = partition_.tasks - 1 - task;
+    for_each_backwards(partition_.tasks, [&](int64_t t) {
       for (int64_t c = 0; c < cols; c += kTile) {
         apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(kTile, cols - c), p.from(c));
       }
@@ -262,7 +264,11 @@ class BatchNormBackwardDriver {
  private:
   template <class F>
   void for_each(int64_t tasks, F f) {
-    for_each_task(parallel_for_, tasks, e_.numel(), f);
+    for_each_task<false>(parallel_for_, tasks, e_.numel(), f);
+  }
+  template <class F>
+  void for_each_backwards(int64_t tasks, F f) {
+    for_each_task<true>(parallel_for_, tasks, e_.numel(), f);
   }
 
   PlaneParameters<A> parameters(int64_t c) const {
@@ -424,8 +430,7 @@ class BatchNormBackwardDriver {
       }
     }
     if (!applies_) return;
-    for_each(partition_.tasks, [&](int64_t task) {
-      const int64_t t = partition_.tasks - 1 - task;
+    for_each_backwards(partition_.tasks, [&](int64_t t) {
       for (int64_t c = 0; c < cols; c += kTile) {
         apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(kTile, cols - c), p.from(c));
       }

@@ -176,21 +176,19 @@ void write(T* to, int64_t n, bool streams, F f) {
   stream(staged, to, n);
 }
 
-// f(task) for every task in [0, tasks); in order, on this thread, where work (in elements) is not worth a second one.
-template <class F>
+// f(task) for every task in [0, tasks); on this thread where work (in elements) is not worth a second one. Each thread
+// takes a range of adjacent tasks, in order; backwards, from its last task to its first: a second pass then starts, in
+// every thread, with what the first one left in the caches of that thread's core.
+template <bool kBackwards, class F>
 void for_each_task(ParallelFor parallel_for, int64_t tasks, int64_t work, F f) {
   constexpr int64_t kSerialWork = 16384;
-  if (tasks <= 1 || work <= kSerialWork) {
-    for (int64_t task = 0; task < tasks; ++task) f(task);
-    return;
-  }
-  parallel_for(
-      tasks,
-      [](int64_t begin, int64_t end, void* context) {
-        for (int64_t task = begin; task < end; ++task) (*static_cast<F*>(context))(task);
-        flush();
-      },
-      &f);
+  const auto range = [](int64_t begin, int64_t end, void* context) {
+    F& f = *static_cast<F*>(context);
+    for (int64_t i = begin; i < end; ++i) f(kBackwards ? begin + end - 1 - i : i);
+    flush();
+  };
+  if (tasks <= 1 || work <= kSerialWork) return range(0, tasks, &f);
+  parallel_for(tasks, range, &f);
 }
 
 template <class F>

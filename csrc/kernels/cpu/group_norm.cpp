@@ -40,7 +40,11 @@ class GroupNormDriver {
 
   template <class F>
   void for_each(int64_t tasks, F f) {
-    for_each_task(parallel_for_, tasks, e_.numel(), f);
+    for_each_task<false>(parallel_for_, tasks, e_.numel(), f);
+  }
+  template <class F>
+  void for_each_backwards(int64_t tasks, F f) {
+    for_each_task<true>(parallel_for_, tasks, e_.numel(), f);
   }
 
   A bias(int64_t c) const { return bias_ ? bias_[c] : A(0); }
@@ -156,7 +160,8 @@ class GroupNormDriver {
 template <class T>
 class GroupNormForwardDriver : GroupNormDriver<T> {
   using Base = GroupNormDriver<T>;
-  using Base::D_, Base::G_, Base::e_, Base::for_each, Base::partial_, Base::partition_, Base::second_pass_, Base::x_;
+  using Base::D_, Base::G_, Base::e_, Base::for_each, Base::for_each_backwards, Base::partial_, Base::partition_,
+      Base::second_pass_, Base::x_;
   using typename Base::A;
 
  public:
@@ -289,7 +294,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     const int64_t tasks = e_.N * partition_.splits;
     for_each(tasks, moments);
     for_each(e_.N, finish_sample);
-    for_each(tasks, [&](int64_t task) { apply(tasks - 1 - task); });
+    for_each_backwards(tasks, apply);
   }
 
   T* y_;
@@ -299,8 +304,8 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
 template <class T>
 class GroupNormBackwardDriver : GroupNormDriver<T> {
   using Base = GroupNormDriver<T>;
-  using Base::D_, Base::G_, Base::e_, Base::for_each, Base::partial_, Base::partition_, Base::rstd_, Base::second_pass_,
-      Base::sums_, Base::x_;
+  using Base::D_, Base::G_, Base::e_, Base::for_each, Base::for_each_backwards, Base::partial_, Base::partition_,
+      Base::rstd_, Base::second_pass_, Base::sums_, Base::x_;
   using typename Base::A;
 
  public:
@@ -516,7 +521,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       const int64_t tasks = e_.N * partition_.splits;
       for_each(tasks, sums);
       for_each(e_.N, finish_sample);
-      for_each(tasks, [&](int64_t task) { apply(tasks - 1 - task); });
+      for_each_backwards(tasks, apply);
     }
   }
 
