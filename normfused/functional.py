@@ -349,7 +349,9 @@ def _batch_norm_act(
             pre_activation,
         )
     operators = backends.OPERATORS[backend]
-    if pre_activation is not None and input.device.type not in operators.FUSES_PRE_ACTIVATION:
+    if pre_activation is not None and not operators.fuses_pre_activation(
+        input.device.type, pre_activation, activation, residual
+    ):
         input, pre_activation = native.activate(input, pre_activation), None
     arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, pre_activation)
     try:

@@ -1,7 +1,7 @@
 """The same layers composed of PyTorch's own operators.
 
 Serves the tensors that no kernel of ours covers (backend "torch") and everything that lives on composition: torch.func
-transforms, forward-mode differentiation and ``pre_activation``.
+transforms, forward-mode differentiation and a ``pre_activation`` that no kernel applies.
 """
 
 from collections.abc import Callable

@@ -165,8 +165,14 @@ def fake_group_norm_act_backward(
     )
 
 
-# Types of devices whose BatchNorm kernels apply a pre_activation; elsewhere it is an operator of its own.
-FUSES_PRE_ACTIVATION = ("cuda",)
+def fuses_pre_activation(
+    device_type: str, pre_activation: str, activation: str | None, residual: torch.Tensor | None
+) -> bool:
+    """Whether the BatchNorm kernels of a device apply ``pre_activation``; otherwise it is an operator of its own."""
+    if device_type == "cpu":
+        return pre_activation in ("relu", "relu6") and activation is None and residual is None
+    return device_type == "cuda"
+
 
 if LOADED:
     batch_norm_act = torch.ops.normfused.batch_norm_act.default

@@ -46,4 +46,4 @@ def operators():
         torch.library.register_fake(f"normfused_emulated::{name}", getattr(ops, f"fake_{name}"))
     namespace = torch.ops.normfused_emulated
     operators = {name: getattr(namespace, name).default for name in NAMES}
-    return types.SimpleNamespace(**operators, FUSES_PRE_ACTIVATION=("cpu",))
+    return types.SimpleNamespace(**operators, fuses_pre_activation=lambda *_: True)

@@ -134,14 +134,15 @@ def test_group_norm(backend, shape, layout, groups, has_weight, has_bias, activa
     check(function, drawn_until_smooth(draw, z_of, activation), backend)
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("pre_activation_name", [name for name in ACTIVATIONS if name is not None])
-def test_activation_before_the_norm(backend, pre_activation_name):
+def test_activation_before_the_norm(backend, activation, pre_activation_name):
     def draw(seed):
         return (randn(3, 2, 5, dtype=torch.float64, seed=seed) * 3,)
 
     def function(x):
         return batch_norm_act(
-            x, None, None, training=True, eps=EPS, activation="silu", pre_activation=pre_activation_name
+            x, None, None, training=True, eps=EPS, activation=activation, pre_activation=pre_activation_name
         )
 
     check(function, drawn_until_smooth(draw, lambda values: values[0], pre_activation_name), backend)

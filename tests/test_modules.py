@@ -11,7 +11,7 @@ from helpers import ACTIVATIONS, activate, assert_same, names, randn, training_o
 from torch import nn
 
 import normfused
-from normfused import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct, backends
+from normfused import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, GroupNormAct
 
 # (ours, native's, constructor arguments, input shape).
 LAYERS = (
@@ -232,12 +232,16 @@ def test_activation_before_the_norm(backend, training, activation, pre_activatio
     assert_same(module.running_var, plain.running_var, "running_var")
 
 
-def test_an_activation_before_the_norm_is_in_the_kernel_where_that_has_it(backend):
-    fuses = getattr(backends.OPERATORS.get(backend), "FUSES_PRE_ACTIVATION", ())
+@pytest.mark.parametrize("activation", [None, "relu6"])
+@pytest.mark.parametrize("pre_activation", ["relu", "relu6", "silu"])
+def test_an_activation_before_the_norm_is_in_the_kernel_where_that_has_it(backend, activation, pre_activation):
     x = randn(4, 6, 5, 3).requires_grad_()
-    y = BatchNormAct2d(6, pre_activation="silu")(x)
-    from_x = y.grad_fn.next_functions[0][0]
-    assert (type(from_x).__name__ == "AccumulateGrad") == ("cpu" in fuses)
+    for residual in (None, randn(4, 6, 5, 3, seed=1)):
+        alone = activation is None and residual is None
+        fuses = (pre_activation != "silu" and alone) if backend == "extension" else backend != "torch"
+        y = BatchNormAct2d(6, activation=activation, pre_activation=pre_activation)(x, residual)
+        from_x = y.grad_fn.next_functions[0][0]
+        assert (type(from_x).__name__ == "AccumulateGrad") == fuses
 
 
 class Net(nn.Module):

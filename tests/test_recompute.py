@@ -190,6 +190,13 @@ MODELS = {
     "layers in a row": lambda: nn.Sequential(
         BatchNormAct2d(3), BatchNormAct2d(3), GroupNormAct(1, 3), nn.Conv2d(3, 1, 1)
     ),
+    "activations before the norm": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        BatchNormAct2d(8, activation=None, pre_activation="relu6"),
+        nn.Conv2d(8, 4, 3),
+        BatchNormAct2d(4, activation=None, pre_activation="relu"),
+        nn.Conv2d(4, 1, 1),
+    ),
     "MobileNetV2": lambda: normfused.convert(MobileNetV2(width=0.25)),
     "MobileNetV2, not converted": lambda: MobileNetV2(width=0.25),
 }

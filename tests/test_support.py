@@ -101,9 +101,10 @@ def _residual():
     return _compare(ours, lambda x, r: nn.functional.relu(norm(x) + r), x, residual)
 
 
-def _pre_activation():
-    ours, norm = _pair(activation=None, pre_activation="relu")
-    return _compare(ours, lambda x: norm(nn.functional.relu(x)), randn(4, 6, 3, 3))
+def _pre_activation(name, activation):
+    ours, norm = _pair(activation=activation, pre_activation=name)
+    before, after = (getattr(nn.functional, each or "", lambda x: x) for each in (name, activation))
+    return _compare(ours, lambda x: after(norm(before(x))), randn(4, 6, 3, 3))
 
 
 def _compiled():
@@ -167,7 +168,8 @@ ROWS = {
     "evaluation and frozen statistics": _evaluation,
     "`momentum=None` (cumulative average)": _cumulative,
     "`residual` before the activation": _residual,
-    "`pre_activation`": _pre_activation,
+    "`pre_activation`: relu or relu6, then the norm alone": functools.partial(_pre_activation, "relu6", None),
+    "`pre_activation`: others, or with an activation or residual": functools.partial(_pre_activation, "silu", "relu"),
     "`torch.compile(fullgraph=True)`": _compiled,
     "`torch.export`": _exported,
     "gradient of the gradient": _double_backward,

@@ -62,6 +62,12 @@ struct BatchNormBackward {
 
 namespace cpu {
 
+// Whether the kernels apply a pre_activation together with these; what they do not apply, others have to before.
+NORMFUSED_INLINE bool fuses_pre_activation(Activation pre_activation, Activation activation, bool residual) {
+  const bool selects = pre_activation == Activation::relu || pre_activation == Activation::relu6;
+  return selects && activation == Activation::identity && !residual;
+}
+
 // Bytes of workspace that forward and backward need for an input, at most.
 int64_t batch_norm_workspace(const Extent& extent);
 void batch_norm_forward(const BatchNormForward& args, ParallelFor parallel_for);

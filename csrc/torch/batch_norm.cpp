@@ -6,9 +6,14 @@
 namespace normfused::binding {
 namespace {
 
-void check_pre_activation(const char* op, const Name& pre_activation) {
-  check(!pre_activation || device::kPreActivation, op, "pre_activation is not part of a ", device::kType,
-        " kernel, apply it to x first; got '", pre_activation.value_or(""), "'");
+// The pre_activation called so, which has to be one that the kernels apply together with the others.
+Activation parse_pre_activation(const char* op, const Name& name, Activation activation,
+                                const OptionalTensor& residual) {
+  const Activation pre_activation = parse_activation(op, "pre_activation", name);
+  check(!name || device::fuses_pre_activation(pre_activation, activation, residual.has_value()), op, "pre_activation '",
+        name.value_or(""), "' is not part of a ", device::kType,
+        " kernel with this activation and residual, apply it to x first");
+  return pre_activation;
 }
 
 // Running statistics are written in place: every channel needs a place of its own.
@@ -38,9 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(Tensor x, OptionalTensor weigh
   const char* op = "batch_norm_act";
   // First, as in torch.nn.BatchNorm: a batch is counted even if something is wrong with it.
   device::BatchCount count(op, training ? num_batches_tracked : std::nullopt, x);
-  check_pre_activation(op, pre_activation);
   const Activation act = parse_activation(op, "activation", activation);
-  const Activation pre_act = parse_activation(op, "pre_activation", pre_activation);
+  const Activation pre_act = parse_pre_activation(op, pre_activation, act, residual);
   const Input input(op, "x", x, Ambiguous::contiguous);
   const Extent& e = input.extent;
   check(e.C > 0, op, "x must have at least one channel, got shape ", shape_of(x));
@@ -98,9 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(Tensor dy, Te
                                                                    bool need_dweight, bool need_dbias,
                                                                    bool need_dresidual) {
   const char* op = "batch_norm_act_backward";
-  check_pre_activation(op, pre_activation);
   const Activation act = parse_activation(op, "activation", activation);
-  const Activation pre_act = parse_activation(op, "pre_activation", pre_activation);
+  const Activation pre_act = parse_pre_activation(op, pre_activation, act, residual);
   const Input input(op, "x", x, Ambiguous::contiguous);
   const Extent& e = input.extent;
   check(residual.has_value() || !need_dresidual, op, "need_dresidual asks for the gradient of residual, which is None");

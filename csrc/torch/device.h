@@ -14,10 +14,11 @@ extern const char* const kType;
 extern const char* const kOutOfMemory;
 // Whether the kernels read and write per-channel arrays of a 16-bit x's own dtype; otherwise the binding converts them.
 extern const bool kNarrowChannels;
-// Whether the BatchNorm kernels apply a pre_activation.
-extern const bool kPreActivation;
 
 bool holds(const Tensor& t);
+
+// Whether the BatchNorm kernels apply a pre_activation together with these. normfused/ops.py says the same.
+bool fuses_pre_activation(Activation pre_activation, Activation activation, bool residual);
 
 // Uninitialised memory for a large output.
 Tensor empty_output(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType scalar_type,

@@ -11,8 +11,12 @@ from .. import ops
 from . import batch_norm, group_norm
 from .launch import INTERPRETED
 
-# Wherever Triton runs, the interpreter's CPU among it.
-FUSES_PRE_ACTIVATION = ("cuda", "xpu", "cpu")
+
+def fuses_pre_activation(
+    device_type: str, pre_activation: str, activation: str | None, residual: torch.Tensor | None
+) -> bool:
+    """Whether the kernels apply ``pre_activation``: wherever Triton runs, the interpreter's CPU among it."""
+    return device_type in ("cuda", "xpu", "cpu")
 
 
 def _register(function, fake, mutates_args=()):

@@ -34,7 +34,7 @@ class BatchNormForwardDriver {
         e_(args.extent),
         partition_(batch_norm_partition(e_)),
         workspace_(args.workspace, partition_, e_),
-        functions_(args.activation, args.residual != nullptr),
+        functions_(args.activation, args.residual != nullptr, args.pre_activation),
         second_pass_(second_pass<T>(partition_, e_, args.residual ? 2 : 1, args.residual ? 3 : 2)),
         x_(static_cast<const T*>(args.x)),
         residual_(static_cast<const T*>(args.residual)),
@@ -113,7 +113,7 @@ class BatchNormForwardDriver {
       if (args_.training) {
         WelfordData data;
         for (int64_t n = 0; n < e_.N; ++n)
-          data.combine(plane_moments(x_ + (n * e_.C + c) * e_.S, e_.S, ahead_in_planes<T>(e_)));
+          data.combine(functions_.plane_moments(x_ + (n * e_.C + c) * e_.S, e_.S, ahead_in_planes<T>(e_)));
         finish_statistics(c, data.mean, data.m2);
       }
       for (int64_t n = e_.N - 1; n >= 0; --n) apply_plane(c, (n * e_.C + c) * e_.S, e_.S);
@@ -127,7 +127,8 @@ class BatchNormForwardDriver {
     if (args_.training) {
       for_each(partition_.tasks, [&](int64_t task) {
         const int64_t plane = task / segments, s = task % segments;
-        partial[task] = plane_moments(x_ + plane * e_.S + s * kSegment, segment_size(s), ahead_in_planes<T>(e_));
+        partial[task] =
+            functions_.plane_moments(x_ + plane * e_.S + s * kSegment, segment_size(s), ahead_in_planes<T>(e_));
       });
       for (int64_t c = 0; c < e_.C; ++c) {
         WelfordData data;
@@ -161,7 +162,7 @@ class BatchNormForwardDriver {
       const int64_t cols = minimum(partition_.panel, partition_.cols - begin);
       PanelParameters<A> panel;
       double mean[kPanel], m2[kPanel];
-      if (args_.training) group_moments(x_ + begin, partition_.rows, cols, group, partition_.cols, mean, m2);
+      if (args_.training) functions_.group_moments(x_ + begin, partition_.rows, cols, group, partition_.cols, mean, m2);
       for (int64_t i = 0; i < cols; i += group) {
         const int64_t c = (begin + i) / group;
         if (args_.training) finish_statistics(c, mean[i / group], m2[i / group]);
@@ -180,8 +181,8 @@ class BatchNormForwardDriver {
       for_each(partition_.tasks, [&](int64_t task) {
         double* mean = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
-          column_moments(x_ + task * partition_.task_rows * cols + c, task_rows(task), minimum(panel, cols - c), cols,
-                         mean + c, mean + cols + c);
+          functions_.group_moments(x_ + task * partition_.task_rows * cols + c, task_rows(task),
+                                   minimum(panel, cols - c), 1, cols, mean + c, mean + cols + c);
         }
       });
       // Into the first task's columns, then into channels.
@@ -231,7 +232,7 @@ class BatchNormBackwardDriver {
         e_(args.extent),
         partition_(batch_norm_partition(e_)),
         workspace_(args.workspace, partition_, e_),
-        functions_(args.activation, args.residual != nullptr),
+        functions_(args.activation, args.residual != nullptr, args.pre_activation),
         second_pass_(second_pass<T>(partition_, e_, args.residual ? 3 : 2, args.residual ? 5 : 3)),
         dy_(static_cast<const T*>(args.dy)),
         x_(static_cast<const T*>(args.x)),

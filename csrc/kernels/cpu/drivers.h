@@ -9,8 +9,20 @@
 namespace normfused {
 namespace {
 
-// The loops that depend on the activation, for tensors of T with or without a residual.
-template <class T, bool kWithResidual>
+// Moments of a plane, and of channels that are some columns each, of what is read as X.
+template <class X>
+WelfordData plane_moments_of(const element_t<X>* stored, int64_t n, int64_t ahead) {
+  return plane_moments(read_as<X>(stored), n, ahead);
+}
+template <class X>
+void group_moments_of(const element_t<X>* stored, int64_t rows, int64_t cols, int64_t group, int64_t stride,
+                      double* mean, double* m2) {
+  group_moments(read_as<X>(stored), rows, cols, group, stride, mean, m2);
+}
+
+// The loops that depend on the activations, for tensors of T: BatchNorm's with a residual and a pre_activation,
+// GroupNorm's without.
+template <class T, bool kBatchNorm>
 struct TileFunctions {
   using A = arithmetic_t<T>;
   template <class P>
@@ -26,12 +38,12 @@ struct TileFunctions {
     void (*residual_gradient)(const T* x, const T* dy, const T* residual, T* dresidual, int64_t rows, int64_t cols,
                               int64_t stride, const P&);
 
-    template <class Act, bool kResidual>
+    template <class Act, bool kResidual, class X>
     void set() {
-      apply = apply_tile<Act, kResidual, T, P>;
-      constexpr Statistics kStatistics = kWithResidual ? Statistics::batch : Statistics::group;
-      backward = backward_tile<Act, kResidual, kStatistics, T, P>;
-      if constexpr (kWithResidual) backward_frozen = backward_tile<Act, kResidual, Statistics::frozen, T, P>;
+      apply = apply_tile<Act, kResidual, X, P>;
+      constexpr Statistics kStatistics = kBatchNorm ? Statistics::batch : Statistics::group;
+      backward = backward_tile<Act, kResidual, kStatistics, X, P>;
+      if constexpr (kBatchNorm) backward_frozen = backward_tile<Act, kResidual, Statistics::frozen, X, P>;
       if constexpr (kResidual) residual_gradient = residual_gradient_tile<Act, T, P>;
     }
   };
@@ -42,23 +54,43 @@ struct TileFunctions {
   void (*column_sums)(const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols, int64_t stride,
                       const ColumnParameters<A>&, A* s, A* d);
 
-  TileFunctions(Activation activation, bool residual) {
+  // BatchNorm's moments of x.
+  WelfordData (*plane_moments)(const T* x, int64_t n, int64_t ahead);
+  void (*group_moments)(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, double* mean,
+                        double* m2);
+
+  TileFunctions(Activation activation, bool residual, Activation pre_activation = Activation::identity) {
+    if constexpr (kBatchNorm) {
+      // Without the others: cpu::fuses_pre_activation.
+      if (pre_activation == Activation::relu) {
+        set<Identity, false, Preactivated<T, ReLU>>();
+        return;
+      }
+      if (pre_activation == Activation::relu6) {
+        set<Identity, false, Preactivated<T, ReLU6>>();
+        return;
+      }
+    }
     dispatch_activation(activation, [&](auto act) {
       using Act = decltype(act);
-      if constexpr (kWithResidual) {
-        if (residual) return set<Act, true>();
+      if constexpr (kBatchNorm) {
+        if (residual) return set<Act, true, T>();
       }
-      set<Act, false>();
+      set<Act, false, T>();
     });
   }
 
  private:
-  template <class Act, bool kResidual>
+  template <class Act, bool kResidual, class X>
   void set() {
-    plane.template set<Act, kResidual>();
-    columns.template set<Act, kResidual>();
-    plane_sums = gradient_moments<Act, kResidual, T>;
-    column_sums = column_gradient_moments<Act, kResidual, T>;
+    plane.template set<Act, kResidual, X>();
+    columns.template set<Act, kResidual, X>();
+    plane_sums = gradient_moments<Act, kResidual, X>;
+    column_sums = column_gradient_moments<Act, kResidual, X>;
+    if constexpr (kBatchNorm) {
+      plane_moments = plane_moments_of<X>;
+      group_moments = group_moments_of<X>;
+    }
   }
 };
 

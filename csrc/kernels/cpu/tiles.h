@@ -1,4 +1,5 @@
 // The loops over elements. A tile is at most kTile elements, so that what one loop leaves the next finds in L1.
+// Where x may be read as something else than is stored, that is called X (preactivated.h).
 //
 // A plane is a run of elements of one channel: its parameters are scalars (PlaneParameters). Columns are elements side
 // by side of different channels, or of expanded channels: parameters are arrays (ColumnParameters).
@@ -6,6 +7,7 @@
 
 #include "../activations.h"
 #include "../types.h"
+#include "preactivated.h"
 #include "storage.h"
 
 namespace normfused {
@@ -168,39 +170,43 @@ void add_shifted_moments(const T* x, int64_t rows, int64_t cols, int64_t stride,
 }
 
 // z, of the elements at i.
-template <bool kResidual, class T, class V>
-NORMFUSED_INLINE V pre_activation(const T* x, const T* residual, int64_t i, const PlaneParameters<V>& p) {
+template <bool kResidual, class X, class V>
+NORMFUSED_INLINE V pre_activation(const X* x, const element_t<X>* residual, int64_t i, const PlaneParameters<V>& p) {
   V z = (load<V>(x + i) - p.mean) * p.scale + p.bias;
   if constexpr (kResidual) z += load<V>(residual + i);
   return z;
 }
 
 // dz = act'(z) dy, with z rounded as native's separate operators would round it.
-template <class Act, bool kResidual, class T, class V>
-NORMFUSED_INLINE V gradient(const T* x, const T* dy, const T* residual, int64_t i, const PlaneParameters<V>& p) {
+template <class Act, bool kResidual, class X, class V>
+NORMFUSED_INLINE V gradient(const X* x, const element_t<X>* dy, const element_t<X>* residual, int64_t i,
+                            const PlaneParameters<V>& p) {
   V z = pre_activation<kResidual>(x, residual, i, p);
-  if constexpr (!Act::kSelects) z = rounded<T>(z);
-  return Act::backward(z, load<V>(dy + i), Rounding<T>{});
+  if constexpr (!Act::kSelects) z = rounded<element_t<X>>(z);
+  return Act::backward(z, load<V>(dy + i), Rounding<element_t<X>>{});
 }
 
 // y = act(z).
-template <class Act, bool kResidual, class T, class P>
-void apply_tile(const T* __restrict x, const T* __restrict residual, T* __restrict y, int64_t rows, int64_t cols,
-                int64_t stride, int64_t ahead, const P& p) {
-  for_each_element<T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
+template <class Act, bool kResidual, class X, class P>
+void apply_tile(const element_t<X>* __restrict stored, const element_t<X>* __restrict residual,
+                element_t<X>* __restrict y, int64_t rows, int64_t cols, int64_t stride, int64_t ahead, const P& p) {
+  const X* x = read_as<X>(stored);
+  for_each_element<X>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
     prefetch(x, i + ahead);
     auto z = pre_activation<kResidual>(x, residual, i, q);
-    if constexpr (!Act::kSelects) z = rounded<T>(z);
+    if constexpr (!Act::kSelects) z = rounded<element_t<X>>(z);
     store(y + i, Act::forward(z));
   });
 }
 
 // Adds dz = act'(z) dy, and dz (x - mean), of n adjacent elements of one channel to s and d.
-template <class Act, bool kResidual, class T>
-void gradient_moments(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, int64_t n,
-                      int64_t ahead, const PlaneParameters<arithmetic_t<T>>& parameters, double& s, double& d) {
-  using A = arithmetic_t<T>;
+template <class Act, bool kResidual, class X>
+void gradient_moments(const element_t<X>* __restrict stored, const element_t<X>* __restrict dy,
+                      const element_t<X>* __restrict residual, int64_t n, int64_t ahead,
+                      const PlaneParameters<arithmetic_t<X>>& parameters, double& s, double& d) {
+  using A = arithmetic_t<X>;
   const PlaneParameters<A> p = parameters;
+  const X* x = read_as<X>(stored);
   double total[2] = {};
   accumulate<2, A>(n, total, [=](int64_t i, auto& sums) __attribute__((always_inline)) {
     using V = lane_type<decltype(sums[0])>;
@@ -217,14 +223,14 @@ void gradient_moments(const T* __restrict x, const T* __restrict dy, const T* __
 
 // Rows that share one load of the sums. More than one pays where the loop does little else; for the rest it would only
 // make the code larger.
-template <class Act, bool kResidual, class T>
-constexpr int kSharedRows = Act::kSelects && !kResidual && sizeof(T) <= 4 ? 4 : 1;
+template <class Act, bool kResidual, class X>
+constexpr int kSharedRows = Act::kSelects && !kResidual && sizeof(X) <= 4 ? 4 : 1;
 
-template <class Act, bool kResidual, int kRows, class T>
-NORMFUSED_INLINE void add_gradient_rows(const T* x, const T* dy, const T* residual, int64_t cols, int64_t stride,
-                                        int64_t ahead, const ColumnParameters<arithmetic_t<T>>& p, arithmetic_t<T>* s,
-                                        arithmetic_t<T>* d) {
-  for_each_vector<arithmetic_t<T>>(cols, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
+template <class Act, bool kResidual, int kRows, class X>
+NORMFUSED_INLINE void add_gradient_rows(const X* x, const element_t<X>* dy, const element_t<X>* residual, int64_t cols,
+                                        int64_t stride, int64_t ahead, const ColumnParameters<arithmetic_t<X>>& p,
+                                        arithmetic_t<X>* s, arithmetic_t<X>* d) {
+  for_each_vector<arithmetic_t<X>>(cols, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
     using V = decltype(lanes);
     const PlaneParameters<V> q = p.template at<V>(c);
     V a = load<V>(s + c), b = load<V>(d + c);
@@ -242,12 +248,14 @@ NORMFUSED_INLINE void add_gradient_rows(const T* x, const T* dy, const T* residu
 }
 
 // The same for each of cols columns over rows, added to s and d.
-template <class Act, bool kResidual, class T>
-void column_gradient_moments(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, int64_t rows,
-                             int64_t cols, int64_t stride, const ColumnParameters<arithmetic_t<T>>& p,
-                             arithmetic_t<T>* __restrict s, arithmetic_t<T>* __restrict d) {
-  constexpr int kRows = kSharedRows<Act, kResidual, T>;
-  const int64_t ahead = ahead_in_rows<T>(stride);
+template <class Act, bool kResidual, class X>
+void column_gradient_moments(const element_t<X>* __restrict stored, const element_t<X>* __restrict dy,
+                             const element_t<X>* __restrict residual, int64_t rows, int64_t cols, int64_t stride,
+                             const ColumnParameters<arithmetic_t<X>>& p, arithmetic_t<X>* __restrict s,
+                             arithmetic_t<X>* __restrict d) {
+  constexpr int kRows = kSharedRows<Act, kResidual, X>;
+  const X* x = read_as<X>(stored);
+  const int64_t ahead = ahead_in_rows<X>(stride);
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
     const int64_t at = r * stride;
@@ -264,10 +272,12 @@ void column_gradient_moments(const T* __restrict x, const T* __restrict dy, cons
 // What dx goes through besides scale: nothing (evaluation), the statistics of a batch, or those of a group.
 enum class Statistics { frozen, batch, group };
 
-template <class Act, bool kResidual, Statistics kStatistics, class T, class P>
-void backward_tile(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, T* __restrict dx,
-                   int64_t rows, int64_t cols, int64_t stride, int64_t ahead, const P& p) {
-  for_each_element<T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
+template <class Act, bool kResidual, Statistics kStatistics, class X, class P>
+void backward_tile(const element_t<X>* __restrict stored, const element_t<X>* __restrict dy,
+                   const element_t<X>* __restrict residual, element_t<X>* __restrict dx, int64_t rows, int64_t cols,
+                   int64_t stride, int64_t ahead, const P& p) {
+  const X* x = read_as<X>(stored);
+  for_each_element<X>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
     using V = lane_type<decltype(q.mean)>;
     prefetch(x, i + ahead);
     prefetch(dy, i + ahead);
@@ -277,7 +287,7 @@ void backward_tile(const T* __restrict x, const T* __restrict dy, const T* __res
     if constexpr (kStatistics == Statistics::batch) g -= through;
     g *= q.scale;
     if constexpr (kStatistics == Statistics::group) g -= q.outer * through;
-    store(dx + i, g);
+    store(dx + i, gradient_of_stored(x + i, g));
   });
 }
 

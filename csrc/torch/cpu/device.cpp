@@ -25,9 +25,12 @@ void run_with(void (*kernel)(const Args&, ParallelFor), Args& args, int64_t work
 const char* const kType = "cpu";
 const char* const kOutOfMemory = "DefaultCPUAllocator: can't allocate memory:";
 const bool kNarrowChannels = false;
-const bool kPreActivation = false;
 
 bool holds(const Tensor& t) { return t.is_cpu(); }
+
+bool fuses_pre_activation(Activation pre_activation, Activation activation, bool residual) {
+  return cpu::fuses_pre_activation(pre_activation, activation, residual);
+}
 
 Tensor empty_output(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType scalar_type,
                     const Tensor& like, int64_t bytes) {

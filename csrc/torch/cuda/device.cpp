@@ -35,7 +35,8 @@ void run_with(const char* op, const Tensor& x, Args& args, Status (*workspace)(c
 }  // namespace
 
 const bool kNarrowChannels = true;
-const bool kPreActivation = true;
+
+bool fuses_pre_activation(Activation, Activation, bool) { return true; }
 
 Tensor empty_output(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType scalar_type,
                     const Tensor& like, int64_t) {
