@@ -24,7 +24,7 @@ NEARLY_EQUAL = 0.02
 def add_options(command, count, number):
     """Add the options that are this experiment's own."""
     command.add_argument("--seeds", type=count, default=2, metavar="N", help="runs of each order; default: 2")
-    command.add_argument("--epochs", type=count, default=20, metavar="N", help="of a run; default: 20")
+    command.add_argument("--epochs", type=count, default=40, metavar="N", help="of a run; default: 40")
     command.add_argument("--width", type=number, default=0.35, help="width multiplier of the model; default: 0.35")
     command.add_argument("--size", type=count, default=32, help="height = width of an image; default: 32")
     command.add_argument("--batch", type=count, default=32, help="images of a step; default: 32")
