@@ -19,7 +19,7 @@ from helpers import (
     randn,
     training_or_eval,
 )
-from test_operators import DTYPES, FORMATS, INSTRUCTION_SETS, PATHS, formats_of
+from test_operators import DTYPES, FORMATS, INSTRUCTION_SETS, formats_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfused import native, ops, reference
@@ -28,6 +28,9 @@ from normfused.functional import batch_norm_act
 pytestmark = pytest.mark.skipif(not ops.LOADED, reason=str(ops.WHY_NOT))
 
 FUSED = ("relu", "relu6")
+# They take every path of csrc/kernels/cpu/partition.h: columns, one or several to a channel, ranges of rows, planes,
+# and planes in two segments.
+PATHS = ((40, 33, 7, 7), (3, 40, 20, 21), (1, 3, 300, 301), (600, 70), (9, 31, 13, 11), (9, 20, 33, 32), (5, 3, 1, 1))
 EPS = 1e-5
 
 
