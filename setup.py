@@ -3,28 +3,19 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 
+from build_backend import why_pure_python
+
 # -fno-trapping-math lets comparisons become blends; NaN and infinities keep their meaning.
 FLAGS = ["-O3", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-USE_CUDA, SILENT = os.environ.get("USE_CUDA") != "0", {"egg_info", "dist_info"} & {*sys.argv}  # pip's own questions
-
-
-def why_pure_python():
-    """Why there is nothing to compile with, or None. A compiler that fails on our code fails the build instead."""
-    if not sys.platform.startswith("linux"):
-        return f"the C++ core is built on Linux only, this is {sys.platform}"
-    probe = [*(compiler := os.environ.get("CXX", "c++")).split(), "-x", "c++", "-fsyntax-only", "-"]
-    probe += ["-I", sysconfig.get_path("include"), "-include", "vector", "-include", "Python.h"]
-    if shutil.which(probe[0]) and subprocess.run(probe, input=b"", capture_output=True).returncode == 0:
-        return None
-    return f"{compiler} is missing or cannot compile <vector> and <Python.h> (Debian: apt-get install g++ python3-dev)"
+USE_CUDA = os.environ.get("USE_CUDA") != "0"
+# What pip asks before the build, and an archive of sources, need neither torch nor a compiler.
+BUILDS = not {"egg_info", "dist_info", "sdist"} & {*sys.argv}
 
 
 def cuda_target(torch, tools):
@@ -44,7 +35,7 @@ def cuda_target(torch, tools):
             flags, why_not = [], f"nvcc is of CUDA {version}, torch of CUDA {wanted}; set CUDA_HOME to one like torch's"
     if why_not and os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"FORCE_CUDA=1: the CUDA kernels cannot be built: {why_not}")
-    if why_not and wanted and not SILENT:
+    if why_not and wanted:
         print(f"normfused: installing without the CUDA kernels: {why_not}")
     return flags, {"version": version, "archs": re.sub(r"\S*code=", "", " ".join(flags)), "why_not": why_not}
 
@@ -72,9 +63,10 @@ def core():
     return {"ext_modules": modules, "cmdclass": {"build_ext": tools.BuildExtension}}
 
 
-if (reason := why_pure_python()) and not SILENT:
+reason = why_pure_python() if BUILDS else None
+if reason:
     print(f"normfused: installing without the C++ core, PyTorch's own operators serve instead: {reason}")
 try:
-    setup(**({} if reason else core()))
+    setup(**(core() if BUILDS and not reason else {}))
 except (ModuleNotFoundError, RuntimeError) as error:
     raise SystemExit(f"normfused is not built: {error} (needs torch >= 2.10; what a compiler said is above)") from None

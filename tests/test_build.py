@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+import build_backend
 import normfused
 
 ROOT = Path(__file__).parent.parent
@@ -38,10 +39,28 @@ def test_no_compiler_installs_pure_python_and_says_so():
 
 @pytest.mark.parametrize("command", ["egg_info", "dist_info"])
 def test_what_pip_asks_for_before_the_build_is_answered_in_silence(command, tmp_path):
+    # And in an environment without torch, whose import takes seconds.
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('torch')\n")
     option = {"egg_info": "--egg-base", "dist_info": "--output-dir"}[command]
-    result = run_setup(command, option, str(tmp_path), CXX="no-such-compiler")
-    assert result.returncode == 0, result.stderr
-    assert "installing without" not in result.stdout
+    for compiler in ("no-such-compiler", shutil.which("c++") or "c++"):
+        result = run_setup(command, option, str(tmp_path), CXX=compiler, PYTHONPATH=str(tmp_path))
+        assert result.returncode == 0, result.stderr
+        assert "installing without" not in result.stdout
+
+
+def test_a_build_requires_torch_only_where_there_is_a_compiler(monkeypatch):
+    assert build_backend.get_requires_for_build_sdist() == []
+    for requires in (build_backend.get_requires_for_build_wheel, build_backend.get_requires_for_build_editable):
+        monkeypatch.setattr(build_backend, "why_pure_python", lambda: None)
+        assert requires() == ["torch>=2.10", "ninja"]
+        monkeypatch.setattr(build_backend, "why_pure_python", lambda: "there is no compiler")
+        assert requires() == []
+
+
+def test_nothing_but_torch_is_required_at_run_time():
+    # mamba#595: PyPI's triton overwrites the one that a ROCm build of torch came with.
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] == ["torch>=2.10"]
 
 
 def test_a_compiler_that_compiles_nothing_counts_as_none():
@@ -213,20 +232,19 @@ def test_import_is_quick_and_initialises_nothing():
 
 
 def test_the_source_distribution_is_complete(tmp_path):
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("normfused", "bench", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     # As from an environment with nothing but setuptools.
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist"], cwd=tmp_path, env=os.environ | {"CXX": "false"}, check=True
-    )
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('torch')\n")
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=tmp_path, check=True)
     (archive,) = (tmp_path / "dist").iterdir()
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     sources = {str(p.relative_to(tmp_path)) for p in (tmp_path / "csrc").rglob("*.*")}
     assert sources <= names
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "normfused/py.typed"} <= names
+    assert {"setup.py", "build_backend.py", "pyproject.toml", "LICENSE", "README.md", "normfused/py.typed"} <= names
     assert not [name for name in names if name.endswith(".so")]
 
 
