@@ -40,6 +40,13 @@ def cuda_target(torch, tools):
     return flags, {"version": version, "archs": re.sub(r"\S*code=", "", " ".join(flags)), "why_not": why_not}
 
 
+def cuda_library_dirs(tools):
+    """torch's guess, which a wrapper of nvcc in PATH leads astray, and what nvcc itself links from."""
+    nvcc = Path(tools.CUDA_HOME, "bin/nvcc")
+    says = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    return [*tools.library_paths("cuda"), *dict.fromkeys(re.findall(r'"-L([^"]+)"', says))]
+
+
 def core():
     """setup()'s arguments for the compiled part: the module _C, and a library of operators for each device."""
     import torch
@@ -49,7 +56,7 @@ def core():
     devices = {"cpu": {"extra_compile_args": FLAGS}}
     if not cuda["why_not"]:
         flags = {"cxx": FLAGS, "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden", *arch_flags]}
-        devices["cuda"] = {"extra_compile_args": flags, "library_dirs": tools.library_paths("cuda")}
+        devices["cuda"] = {"extra_compile_args": flags, "library_dirs": cuda_library_dirs(tools)}
         devices["cuda"]["libraries"] = ["torch_cuda", "cudart_static", "rt", "dl"]
     macros = [(f"NORMFUSED_CUDA_{name.upper()}", json.dumps(value)) for name, value in cuda.items()]
     modules = [Extension("normfused._C", ["csrc/module.cpp"], tools.include_paths(), macros, extra_compile_args=FLAGS)]

@@ -164,6 +164,18 @@ def test_why_cuda_is_not_built_is_said_once_and_force_cuda_makes_it_fail(cuda_ta
     assert reason in str(error.value)
 
 
+def test_cuda_is_linked_from_where_nvcc_itself_links(tmp_path):
+    # A wrapper of nvcc in PATH: what torch takes for CUDA_HOME holds no libraries.
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.write_text("""#!/bin/sh\necho '#$ LIBRARIES=  "-L/toolkit/lib/stubs" "-L/toolkit/lib"' >&2\n""")
+    nvcc.chmod(0o755)
+    tools = types.SimpleNamespace(CUDA_HOME=str(tmp_path), library_paths=lambda device: [f"/guess/{device}"])
+    with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, CXX="false"):
+        dirs = runpy.run_path(str(ROOT / "setup.py"))["cuda_library_dirs"](tools)
+    assert dirs == ["/guess/cuda", "/toolkit/lib/stubs", "/toolkit/lib"]
+
+
 @pytest.fixture
 def pure_python(tmp_path):
     """A copy of the package without its libraries; runs code with it and returns the completed process."""
