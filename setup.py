@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -70,10 +71,15 @@ def core():
     return {"ext_modules": modules, "cmdclass": {"build_ext": tools.BuildExtension}}
 
 
-reason = why_pure_python() if BUILDS else None
-if reason:
+sys.argv.insert(1, "--quiet")  # so that what fails is not below a hundred lines of files that were copied
+if (reason := why_pure_python()) and BUILDS:
     print(f"normfused: installing without the C++ core, PyTorch's own operators serve instead: {reason}")
 try:
+    if "dist_info" in sys.argv and not reason and not find_spec("torch"):
+        raise ModuleNotFoundError("No module named 'torch'")  # before pip has fetched it for the run
     setup(**(core() if BUILDS and not reason else {}))
-except (ModuleNotFoundError, RuntimeError) as error:
+except ModuleNotFoundError as error:
+    hint = "without build isolation, install torch >= 2.10, setuptools and ninja first"
+    raise SystemExit(f"normfused is not built: {error} ({hint})") from None
+except RuntimeError as error:
     raise SystemExit(f"normfused is not built: {error} (needs torch >= 2.10; what a compiler said is above)") from None
