@@ -13,7 +13,8 @@ from setuptools import Extension, setup
 from build_backend import why_pure_python
 
 # -fno-trapping-math lets comparisons become blends; NaN and infinities keep their meaning.
-FLAGS = ["-O3", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+# -g0 takes back Python's own -g, which costs a third of the compile time and makes libraries eight times as large.
+FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 USE_CUDA = os.environ.get("USE_CUDA") != "0"
 # What pip asks before the build, and an archive of sources, need neither torch nor a compiler.
 BUILDS = not {"egg_info", "dist_info", "sdist"} & {*sys.argv}
