@@ -24,7 +24,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --constraint
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml constraints.txt
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py build_backend.py pyproject.toml constraints.txt
 CUDA_SOURCES := $(SOURCES) $(shell find csrc -name '*.cu' -o -name '*.cuh') constraints-cuda.txt
 FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PINS := $(if $(TORCH),$(if $(filter newest,$(TORCH)),/^torch==/d,s/^torch==.*/torch==$(TORCH)/))

@@ -22,6 +22,8 @@ def _load() -> str | None:
         from . import _C  # type: ignore[attr-defined]
     except ImportError:
         cure = "install a C++ compiler (Debian: apt-get install g++ python3-dev) and reinstall normfused"
+        if (tree := Path(__file__).parent.parent).joinpath("setup.py").exists():
+            cure = f"this is the source tree {tree}: start Python elsewhere for an installed normfused, or {cure}"
         return f"the C++ core is not built; {cure}"
     BUILD.update(_C.build_info())
     (library,) = Path(__file__).parent.glob("_cpu*.so")

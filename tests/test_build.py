@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+import build_backend
 import normfused
 
 ROOT = Path(__file__).parent.parent
@@ -38,10 +39,39 @@ def test_no_compiler_installs_pure_python_and_says_so():
 
 @pytest.mark.parametrize("command", ["egg_info", "dist_info"])
 def test_what_pip_asks_for_before_the_build_is_answered_in_silence(command, tmp_path):
+    # Without an import of torch, which takes seconds.
+    (tmp_path / "torch.py").write_text("raise RuntimeError('imported')\n")
     option = {"egg_info": "--egg-base", "dist_info": "--output-dir"}[command]
-    result = run_setup(command, option, str(tmp_path), CXX="no-such-compiler")
-    assert result.returncode == 0, result.stderr
-    assert "installing without" not in result.stdout
+    for compiler in ("no-such-compiler", "c++"):
+        result = run_setup(command, option, str(tmp_path), CXX=compiler, PYTHONPATH=str(tmp_path))
+        assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+def test_a_missing_torch_is_named_before_pip_fetches_one_for_the_run(tmp_path):
+    # With --no-build-isolation: dist_info is the first question. With it, egg_info is, before there is a torch.
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None\n")
+    options = {"CXX": "c++", "PYTHONPATH": str(tmp_path)}
+    assert run_setup("egg_info", "--egg-base", str(tmp_path), **options).returncode == 0
+    result = run_setup("dist_info", "--output-dir", str(tmp_path), **options)
+    assert result.returncode != 0
+    assert "normfused is not built: No module named 'torch' (torch >= 2.10, setuptools, ninja have to be there)" in result.stderr
+    pure = run_setup("dist_info", "--output-dir", str(tmp_path), **options | {"CXX": "none"})
+    assert pure.returncode == 0, pure.stderr
+
+
+def test_the_output_of_a_build_is_short(tmp_path):
+    result = run_setup("build_py", "--build-lib", str(tmp_path), CXX="none")
+    assert (tmp_path / "normfused/modules.py").exists()
+    assert len((result.stdout + result.stderr).splitlines()) <= 3
+
+
+def test_a_build_requires_torch_only_where_there_is_a_compiler(monkeypatch):
+    assert build_backend.get_requires_for_build_sdist() == []
+    for requires in (build_backend.get_requires_for_build_wheel, build_backend.get_requires_for_build_editable):
+        monkeypatch.setattr(build_backend, "why_pure_python", lambda: None)
+        assert requires() == ["torch>=2.10", "ninja"]
+        monkeypatch.setattr(build_backend, "why_pure_python", lambda: "there is no compiler")
+        assert requires() == []
 
 
 def test_a_compiler_that_compiles_nothing_counts_as_none():
@@ -145,6 +175,18 @@ def test_why_cuda_is_not_built_is_said_once_and_force_cuda_makes_it_fail(cuda_ta
     assert reason in str(error.value)
 
 
+def test_cuda_is_linked_from_where_nvcc_itself_links(tmp_path):
+    # A wrapper of nvcc in PATH: what torch takes for CUDA_HOME holds no libraries.
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.write_text("""#!/bin/sh\necho '#$ LIBRARIES=  "-L/toolkit/lib/stubs" "-L/toolkit/lib"' >&2\n""")
+    nvcc.chmod(0o755)
+    tools = types.SimpleNamespace(CUDA_HOME=str(tmp_path), library_paths=lambda device: [f"/guess/{device}"])
+    with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, CXX="false"):
+        dirs = runpy.run_path(str(ROOT / "setup.py"))["cuda_library_dirs"](tools)
+    assert dirs == ["/guess/cuda", "/toolkit/lib/stubs", "/toolkit/lib"]
+
+
 @pytest.fixture
 def pure_python(tmp_path):
     """A copy of the package without its libraries; runs code with it and returns the completed process."""
@@ -182,6 +224,13 @@ def test_without_the_core_everything_runs_on_torch_with_one_warning(pure_python)
     assert result.stdout.count("install a C++ compiler") == 2
 
 
+def test_in_a_clone_it_is_said_that_an_installed_package_is_hidden(pure_python, tmp_path):
+    code = "import normfused; print(normfused.info()['extension']['why_not'])"
+    assert "start Python elsewhere" not in pure_python(code).stdout
+    (tmp_path / "setup.py").touch()
+    assert f"this is the source tree {tmp_path}: start Python elsewhere" in pure_python(code).stdout
+
+
 def test_without_the_core_the_first_call_may_be_a_compiled_one(pure_python):
     result = pure_python(
         "import torch, normfused\n"
@@ -213,27 +262,29 @@ def test_import_is_quick_and_initialises_nothing():
 
 
 def test_the_source_distribution_is_complete(tmp_path):
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("normfused", "bench", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     # As from an environment with nothing but setuptools.
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist"], cwd=tmp_path, env=os.environ | {"CXX": "false"}, check=True
-    )
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('torch')\n")
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=tmp_path, check=True)
     (archive,) = (tmp_path / "dist").iterdir()
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     sources = {str(p.relative_to(tmp_path)) for p in (tmp_path / "csrc").rglob("*.*")}
     assert sources <= names
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "normfused/py.typed"} <= names
+    assert {"setup.py", "build_backend.py", "pyproject.toml", "LICENSE", "README.md", "normfused/py.typed"} <= names
     assert not [name for name in names if name.endswith(".so")]
 
 
-def test_the_version_has_one_source():
+def test_the_version_is_the_same_everywhere():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert metadata["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "normfused.version.__version__"}
+    assert metadata["project"]["version"] == normfused.__version__
+    # uv fails where torch is to match that of the run and the metadata is not static.
+    assert metadata["tool"]["uv"]["extra-build-dependencies"]["normfused"][0]["match-runtime"] is True
+    assert "dynamic" not in metadata["project"]
     assert importlib.metadata.version("normfused") == normfused.__version__
     # Semantic versioning, as packaging writes it: 1.2.3, 1.2.3rc1, 1.2.3.dev0.
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?(\.dev\d+)?", normfused.__version__)
