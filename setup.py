@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 
 from build_backend import why_pure_python
 
-# -fno-trapping-math lets comparisons become blends; -g0 takes back Python's own -g: a third less compile time, 5 of 44 MB.
+# -fno-trapping-math lets comparisons become blends; -g0 takes back Python's own -g: 5 MB instead of 44, compiled sooner.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 USE_CUDA = os.environ.get("USE_CUDA") != "0"
 BUILDS = not {"egg_info", "dist_info", "sdist"} & {*sys.argv}  # pip's questions and an archive of sources take no torch
@@ -42,7 +42,7 @@ def cuda_target(torch, tools):
 
 def cuda_library_dirs(tools):
     """torch's guess, which a wrapper of nvcc in PATH leads astray, and what nvcc itself links from."""
-    says = subprocess.run([Path(tools.CUDA_HOME, "bin/nvcc"), "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    says = subprocess.run([f"{tools.CUDA_HOME}/bin/nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     return [*tools.library_paths("cuda"), *dict.fromkeys(re.findall(r'"-L([^"]+)"', says))]
 
 

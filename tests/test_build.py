@@ -54,7 +54,7 @@ def test_a_missing_torch_is_named_before_pip_fetches_one_for_the_run(tmp_path):
     assert run_setup("egg_info", "--egg-base", str(tmp_path), **options).returncode == 0
     result = run_setup("dist_info", "--output-dir", str(tmp_path), **options)
     assert result.returncode != 0
-    assert "normfused is not built: No module named 'torch' (torch >= 2.10, setuptools, ninja have to be there)" in result.stderr
+    assert "normfused is not built: No module named 'torch' (torch >= 2.10, setuptools, ninja have" in result.stderr
     pure = run_setup("dist_info", "--output-dir", str(tmp_path), **options | {"CXX": "none"})
     assert pure.returncode == 0, pure.stderr
 
