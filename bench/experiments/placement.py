@@ -28,7 +28,7 @@ def add_options(command, count, number):
     command.add_argument("--width", type=number, default=0.35, help="width multiplier of the model; default: 0.35")
     command.add_argument("--size", type=count, default=32, help="height = width of an image; default: 32")
     command.add_argument("--batch", type=count, default=32, help="images of a step; default: 32")
-    command.add_argument("--lr", type=number, default=0.01, help="learning rate; default: 0.01")
+    command.add_argument("--lr", type=number, default=0.003, help="learning rate; default: 0.003")
 
 
 def network(order, classes, width, **batch_norm):
