@@ -74,6 +74,15 @@ def _dtype_and_layout(dtype, layout):
     return names
 
 
+def _each_sample_by_itself():
+    x = randn(4, 6, 3, 3)
+    instance, layer = nn.InstanceNorm2d(6, affine=True), nn.LayerNorm(3)
+    names = _compare(
+        normfused.InstanceNormAct2d(6, affine=True, activation="silu"), lambda x: nn.functional.silu(instance(x)), x
+    )
+    return names | _compare(normfused.LayerNormAct(3, activation="relu"), lambda x: nn.functional.relu(layer(x)), x)
+
+
 def _wide_parameters():
     ours, norm = _pair()
     x = randn(4, 6, 3, 3, dtype=torch.bfloat16)
@@ -164,6 +173,7 @@ ROWS = {
     for dtype in DTYPES
     for layout in LAYOUTS
 } | {
+    "InstanceNorm and LayerNorm": _each_sample_by_itself,
     "16-bit input, float32 parameters": _wide_parameters,
     "evaluation and frozen statistics": _evaluation,
     "`momentum=None` (cumulative average)": _cumulative,
@@ -195,6 +205,7 @@ def test_cell(row, backend):
     names = ROWS[row]()
     own = any("normfused" in name for name in names)
     # What another operator of PyTorch's does before or after is composed.
-    composed = any(name.startswith(("aten.relu", "aten.hardtanh", "aten.silu", "aten.native_batch")) for name in names)
+    others = ("aten.relu", "aten.hardtanh", "aten.silu", "aten.native_batch", "aten.native_layer")
+    composed = any(name.startswith(others) for name in names)
     if torch.get_default_device().type == "cpu":
         assert _table()[row, backend] == (COLUMNS[backend] if own and not composed else "composed")
