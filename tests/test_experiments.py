@@ -143,7 +143,7 @@ def test_more_seeds_go_on_and_other_options_do_not(tmp_path, capsys):
     assert all(two["runs"][name] == entry for name, entry in one["runs"].items())
     with pytest.raises(SystemExit):
         main([*arguments, "--lr", "0.5"])
-    assert "was made with --lr 0.01, not 0.5" in capsys.readouterr().err
+    assert "was made with --lr 0.003, not 0.5" in capsys.readouterr().err
     (tmp_path / "placement.json").write_text("{}")
     with pytest.raises(SystemExit):
         main(arguments)
