@@ -75,6 +75,9 @@ VARIANTS = {
     "normfused-recompute-half": Variant(
         "converted, under recompute_activations(0.5)", lambda model: Recomputing(normfused.convert(model), 0.5)
     ),
+    "normfused-recompute-third": Variant(
+        "converted, under recompute_activations(1 / 3)", lambda model: Recomputing(normfused.convert(model), 1 / 3)
+    ),
 }
 DEFAULT_VARIANTS = (NATIVE, OURS)
 
