@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 
 from build_backend import why_pure_python
 
-# -fno-trapping-math lets comparisons become blends; -g0 takes back Python's own -g: 5 MB, not 44, compiled sooner.
+# -fno-trapping-math lets comparisons become blends; -g0 takes back Python's own -g: smaller, compiled sooner.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 USE_CUDA = os.environ.get("USE_CUDA") != "0"
 BUILDS = not {"egg_info", "dist_info", "sdist"} & {*sys.argv}  # pip's questions and an archive of sources take no torch

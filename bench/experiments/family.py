@@ -279,7 +279,7 @@ def claims(record):
                 f"time of our {name} over that of torch.nn, forward and backward",
                 "our goal: at most 1, less with an activation",
                 ", ".join(f"{activation} {ratio:.2f}" for activation, ratio in ratios.items()),
-                max(ratios.values()) <= 1 and min(ratios.values()) < 1,
+                max(ratios.values()) < 1,
             )
         )
     falls = {}
