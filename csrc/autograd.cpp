@@ -77,6 +77,9 @@ Stack batch_norm_act(const Tensor& x, const OptionalTensor& weight, const Option
                    o.momentum, o.eps, o.activation, o.pre_activation});
 }
 
+}  // namespace
+
+// With names that a profiler shows.
 struct BatchNormAct : torch::autograd::Function<BatchNormAct> {
   static constexpr bool is_traceable = true;
 
@@ -100,7 +103,7 @@ struct BatchNormAct : torch::autograd::Function<BatchNormAct> {
   static variable_list backward(AutogradContext* ctx, variable_list dy) {
     static const c10::OperatorHandle op = find("normfused::batch_norm_act_backward");
     const variable_list saved = ctx->get_saved_variables();
-    const auto& o = ctx->saved_data.at("options").toTupleRef().elements();
+    const c10::ArrayRef<IValue> o = ctx->saved_data.at("options").toTupleRef().elements().asArrayRef();
     const IValue &training = o[0], &eps = o[1], &activation = o[2], &pre_activation = o[3];
     // Edges are counted for the tensors that were given.
     std::array<bool, 4> need{};
@@ -126,6 +129,8 @@ struct BatchNormAct : torch::autograd::Function<BatchNormAct> {
   }
 };
 
+namespace {
+
 struct GroupNormOptions {
   IValue num_groups, eps, activation;
 };
@@ -135,6 +140,8 @@ Stack group_norm_act(const Tensor& x, const OptionalTensor& weight, const Option
   static const c10::OperatorHandle op = find("normfused::group_norm_act");
   return call(op, {x, weight, bias, o.num_groups, o.eps, o.activation});
 }
+
+}  // namespace
 
 struct GroupNormAct : torch::autograd::Function<GroupNormAct> {
   static constexpr bool is_traceable = true;
@@ -152,7 +159,7 @@ struct GroupNormAct : torch::autograd::Function<GroupNormAct> {
   static variable_list backward(AutogradContext* ctx, variable_list dy) {
     static const c10::OperatorHandle op = find("normfused::group_norm_act_backward");
     const variable_list saved = ctx->get_saved_variables();
-    const auto& o = ctx->saved_data.at("options").toTupleRef().elements();
+    const c10::ArrayRef<IValue> o = ctx->saved_data.at("options").toTupleRef().elements().asArrayRef();
     const IValue &num_groups = o[0], &eps = o[1], &activation = o[2];
     std::array<bool, 3> need{};
     size_t edge = 0;
@@ -173,6 +180,8 @@ struct GroupNormAct : torch::autograd::Function<GroupNormAct> {
     return gradients;
   }
 };
+
+namespace {
 
 // Whether an argument is what this path takes; all else, subclasses among it, is left to Python.
 bool is_tensor_or_none(PyObject* o) { return o == Py_None || THPVariable_CheckExact(o); }
@@ -245,8 +254,8 @@ PyObject* call_group_norm_act(PyObject*, PyObject* const* a, Py_ssize_t count) {
 PyObject* set_formulas(PyObject*, PyObject* const* a, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 2, "set_formulas: 2 arguments are expected, got ", count);
-  differentiable_batch_norm = Py_NewRef(a[0]);
-  differentiable_group_norm = Py_NewRef(a[1]);
+  Py_XSETREF(differentiable_batch_norm, Py_NewRef(a[0]));
+  Py_XSETREF(differentiable_group_norm, Py_NewRef(a[1]));
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
