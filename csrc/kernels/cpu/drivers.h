@@ -181,7 +181,7 @@ SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int
     case Partition::Path::planes: {
       const int64_t within = ahead_in_planes<T>(e);
       // Planes are gone through from the last to the first.
-      return {ahead(e.N * e.S, e.S, within < e.S ? within : -within), streams};
+      return {ahead(p.panel * e.N * e.S, p.panel * e.S, within < e.S ? within : -within), streams};
     }
     case Partition::Path::split_planes: return {ahead_in_planes<T>(e), streams};
     case Partition::Path::columns: return {ahead(p.rows * p.panel, p.panel, ahead_in_rows<T>(p.cols)), streams};

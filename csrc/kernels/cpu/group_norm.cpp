@@ -76,8 +76,10 @@ class GroupNormDriver {
   }
 
   // channels_last: the rows of a task, whose sample is task / splits.
-  int64_t first_row(int64_t task) const { return (task % partition_.splits) * partition_.task_rows; }
-  int64_t row_count(int64_t task) const { return minimum(partition_.task_rows, e_.S - first_row(task)); }
+  int64_t first_row(int64_t task) const { return first_row_of(task % partition_.splits, partition_.splits, e_.S); }
+  int64_t row_count(int64_t task) const {
+    return first_row_of(task % partition_.splits + 1, partition_.splits, e_.S) - first_row(task);
+  }
   int64_t offset_of(int64_t task) const { return (task / partition_.splits * e_.S + first_row(task)) * e_.C; }
 
   // Rows: weight and bias of every channel, in the workspace.
