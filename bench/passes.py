@@ -111,8 +111,8 @@ def add_command(commands, positive, shape, dtype):
         "passes",
         help="which pass over memory our time goes to",
         description="Split normfused's time for BatchNorm + activation on the CPU into its passes, by the difference "
-        "of public calls: apply (evaluation) and statistics (training is longer), both again for backward, and the host's "
-        "work; beside it a plain read and copies of the same tensor.",
+        "of public calls: apply (evaluation) and statistics (what training takes longer), both again for backward, and "
+        "the work of the host; beside it a plain read and copies of the same tensor.",
     )
     ours.add_argument(
         "--shape", nargs="+", type=shape, default=DEFAULT_SHAPES, metavar="N,C,H,W", help="default: of MobileNetV2"

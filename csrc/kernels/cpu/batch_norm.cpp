@@ -429,8 +429,8 @@ class BatchNormBackwardDriver {
       for_each(partition_.tasks, [&](int64_t task) {
         double* sums = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
-          sum_columns(partition_.first_row(task) * cols + c, partition_.row_count(task), minimum(panel, cols - c), p.from(c),
-                      sums + c, sums + cols + c);
+          sum_columns(partition_.first_row(task) * cols + c, partition_.row_count(task), minimum(panel, cols - c),
+                      p.from(c), sums + c, sums + cols + c);
         }
       });
       double *sums = workspace_.partial, *deviations = sums + cols;

@@ -7,16 +7,16 @@
 namespace normfused {
 namespace {
 
-// Elements that a task should have at least: of the first few tasks, which a small tensor is worth, and of all that there
-// are when there are more; and the most tasks that hold partial sums.
+// Elements that a task should have at least: of the first few tasks, which a small tensor is worth, and of all that
+// there are when there are more; and the most tasks that hold partial sums.
 constexpr int64_t kFewTasks = 8;
-constexpr int64_t kSmallTaskWork = 8192, kTaskWork = 65536;
+constexpr int64_t kSmallTaskWork = 16384, kTaskWork = 65536;
 constexpr int64_t kMaxTasks = 64;
 // Planes of at most this many elements are worked on side by side, each element a column, if there are rows enough to
 // share a column's parameters.
 constexpr int64_t kSmallPlane = 256;
-// Channels that a task of planes takes at most. One alone would be a chain from its sum to its result, each step waiting
-// for the one before.
+// Channels that a task of planes takes at most. One alone would be a chain from its sum to its result, each step
+// waiting for the one before.
 constexpr int64_t kChannels = 8;
 // Elements of a plane that one task of split planes takes.
 constexpr int64_t kSegment = 65536;
@@ -58,13 +58,13 @@ struct Partition {
   int64_t row_count(int64_t task) const { return first_row(task + 1) - first_row(task); }
 };
 
-// Of so many columns, rows of them all being few, a panel: whole vectors, and as wide as lets eight threads share them, or
-// a little less where that makes a multiple of four panels.
+// The columns of a panel where rows are few: whole vectors, wide enough for rows to be read in stretches and narrow
+// enough for eight tasks, and less where that makes an even number of panels.
 inline int64_t panel_of(int64_t cols) {
   constexpr int64_t kStep = 16, kLeast = 32;
-  const int64_t most = minimum(maximum(divide_up(divide_up(cols, kFewTasks), kStep) * kStep, kLeast), kPanel);
-  for (int64_t panel = most; panel >= kLeast && 2 * panel > most; panel -= kStep) {
-    if (cols % (4 * panel) == 0) return panel;
+  const int64_t most = minimum(maximum(divide_up(divide_up(cols, kFewTasks), kStep) * kStep, 2 * kLeast), kPanel);
+  for (int64_t panel = most; panel >= kLeast; panel -= kStep) {
+    if (cols % (2 * panel) == 0) return panel;
   }
   return most;
 }
