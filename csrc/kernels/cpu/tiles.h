@@ -51,15 +51,26 @@ struct ColumnParameters {
   }
   ColumnParameters from(int64_t c) const { return {mean + c, scale + c, bias + c, outer + c, offset + c, slope + c}; }
 
+  void set(int64_t c, const PlaneParameters<A>& p) const {
+    mean[c] = p.mean;
+    scale[c] = p.scale;
+    bias[c] = p.bias;
+    outer[c] = p.outer;
+    offset[c] = p.offset;
+    slope[c] = p.slope;
+  }
   // Sets the parameters of columns [begin, end), step apart.
   void set(int64_t begin, int64_t end, int64_t step, const PlaneParameters<A>& p) const {
-    for (int64_t c = begin; c < end; c += step) {
-      mean[c] = p.mean;
-      scale[c] = p.scale;
-      bias[c] = p.bias;
-      outer[c] = p.outer;
-      offset[c] = p.offset;
-      slope[c] = p.slope;
+    for (int64_t c = begin; c < end; c += step) set(c, p);
+  }
+  // Sets those of columns [0, cols), of which each channel has `group`, from the channels' own, of(0) and so on.
+  template <class F>
+  void set_groups(int64_t cols, int64_t group, F of) const {
+    if (group == 1) {
+      // What a compiler makes of a loop over one column takes longer than the column.
+      for (int64_t c = 0; c < cols; ++c) set(c, of(c));
+    } else {
+      for (int64_t c = 0; c * group < cols; ++c) set(c * group, (c + 1) * group, 1, of(c));
     }
   }
 };
