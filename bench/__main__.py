@@ -1,4 +1,4 @@
-"""Command line: ``ops``, ``model``, ``memory``, ``compare``, ``report``, ``gpu``, ``demo`` and ``experiment``."""
+"""Command line: ``ops``, ``passes``, ``model``, ``memory``, ``compare``, ``report``, ``gpu``, ``demo``, experiments."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from . import PROGRAM, allocator, cases, compare, experiments, model, model_memory, ops, page, providers, report
+from . import PROGRAM, allocator, cases, compare, experiments, model, model_memory, ops, page, passes, providers, report
 
 _EPILOG = f"""examples:
   {PROGRAM} ops                                          MobileNetV2's layers against eager and torch.compile
@@ -14,6 +14,7 @@ _EPILOG = f"""examples:
   {PROGRAM} ops --shape 32,96,112,112 --dtype bf16 --layout channels_last --groups 32 --activation silu
   {PROGRAM} ops --family tiny                            host time of one call
   {PROGRAM} ops --device cuda --batch 32 128 256         on a GPU
+  {PROGRAM} passes --shape 32,96,112,112                 which pass over memory the time goes to
   {PROGRAM} model --layout channels_last                 time of a training step of MobileNetV2
   {PROGRAM} memory --model resnet50 --batch 8 16 32      its peak memory
   {PROGRAM} compare before/ops.json after/ops.json       status 1 where something became slower
@@ -90,6 +91,7 @@ def parser():
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_ops(commands)
+    _add_threads(passes.add_command(commands, _positive, _shape, _dtype))
     _add_threads(model.add_command(commands, _positive))
     _add_threads(model_memory.add_command(commands, _positive))
     _add_compare(commands)
@@ -392,6 +394,8 @@ def main(arguments=None):
         torch.set_num_threads(max(options.threads) if options.command == "ops" else options.threads)
     if options.command == "ops":
         return run_ops(options, arguments, whole.error)
+    if options.command == "passes":
+        return passes.main(options, arguments, whole.error)
     if options.command in ("model", "memory"):
         return (model if options.command == "model" else model_memory).main(options, arguments, whole.error)
     if options.command == "experiment":

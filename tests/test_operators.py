@@ -83,6 +83,7 @@ def test_opcheck_group_norm_act(dtype, memory_format, affine):
 # Shapes that take every path of csrc/kernels/cpu/partition.h, in both memory formats.
 PATHS = (
     *((40, 33, 7, 7), (3, 40, 20, 21), (2, 3, 300, 301), (9, 31, 13, 11), (64, 20, 33, 32), (5, 3, 1, 1)),
+    (1, 145, 24, 25),
     *((600, 70), (70, 2100)),
 )
 

@@ -79,18 +79,24 @@ class BatchNormForwardDriver {
     }
   }
 
-  // Save a channel's statistics and move its running statistics.
-  void finish_statistics(int64_t c, double mean, double m2) {
-    const double n = static_cast<double>(e_.N * e_.S);
-    mean_[c] = static_cast<A>(mean);
-    invstd_[c] = static_cast<A>(1 / __builtin_sqrt(m2 / n + args_.eps));
+  // Save the statistics of channels [c, c + count) and move their running statistics: in loops of one kind of result
+  // each, which become vectors, for the divisions and roots of many channels are a good part of a small tensor's time.
+  void finish_statistics(int64_t c, int64_t count, const double* mean, const double* m2) {
+    const double n = static_cast<double>(e_.N * e_.S), eps = args_.eps, momentum = args_.momentum;
+    A *to_mean = mean_ + c, *to_invstd = invstd_ + c;
+    for (int64_t i = 0; i < count; ++i) to_mean[i] = static_cast<A>(mean[i]);
+    for (int64_t i = 0; i < count; ++i) to_invstd[i] = static_cast<A>(1 / __builtin_sqrt(m2[i] / n + eps));
     if (args_.running_mean) {
-      A& running = static_cast<A*>(args_.running_mean)[c];
-      running = static_cast<A>((1 - args_.momentum) * running + args_.momentum * mean);
+      A* running = static_cast<A*>(args_.running_mean) + c;
+      for (int64_t i = 0; i < count; ++i) {
+        running[i] = static_cast<A>((1 - momentum) * running[i] + momentum * mean[i]);
+      }
     }
     if (args_.running_var) {
-      A& running = static_cast<A*>(args_.running_var)[c];
-      running = static_cast<A>((1 - args_.momentum) * running + args_.momentum * (m2 / (n - 1)));
+      A* running = static_cast<A*>(args_.running_var) + c;
+      for (int64_t i = 0; i < count; ++i) {
+        running[i] = static_cast<A>((1 - momentum) * running[i] + momentum * (m2[i] / (n - 1)));
+      }
     }
   }
 
@@ -108,15 +114,24 @@ class BatchNormForwardDriver {
     }
   }
 
+  WelfordData channel_moments(int64_t c) const {
+    const int64_t ahead = ahead_in_planes<T>(e_);
+    WelfordData data = functions_.plane_moments(x_ + c * e_.S, e_.S, ahead);
+    for (int64_t n = 1; n < e_.N; ++n) data.combine(functions_.plane_moments(x_ + (n * e_.C + c) * e_.S, e_.S, ahead));
+    return data;
+  }
+
   void planes() {
-    for_each(e_.C, [this](int64_t c) {
+    for_each(partition_.tasks, [this](int64_t task) {
+      const int64_t begin = task * partition_.panel, count = minimum(partition_.panel, e_.C - begin);
       if (args_.training) {
-        WelfordData data;
-        for (int64_t n = 0; n < e_.N; ++n)
-          data.combine(functions_.plane_moments(x_ + (n * e_.C + c) * e_.S, e_.S, ahead_in_planes<T>(e_)));
-        finish_statistics(c, data.mean, data.m2);
+        WelfordData data[kChannels];
+        for (int64_t i = 0; i < count; ++i) data[i] = channel_moments(begin + i);
+        for (int64_t i = 0; i < count; ++i) finish_statistics(begin + i, 1, &data[i].mean, &data[i].m2);
       }
-      for (int64_t n = e_.N - 1; n >= 0; --n) apply_plane(c, (n * e_.C + c) * e_.S, e_.S);
+      for (int64_t n = e_.N - 1; n >= 0; --n) {
+        for (int64_t c = begin; c < begin + count; ++c) apply_plane(c, (n * e_.C + c) * e_.S, e_.S);
+      }
     });
   }
 
@@ -135,7 +150,7 @@ class BatchNormForwardDriver {
         for (int64_t n = 0; n < e_.N; ++n) {
           for (int64_t s = 0; s < segments; ++s) data.combine(partial[(n * e_.C + c) * segments + s]);
         }
-        finish_statistics(c, data.mean, data.m2);
+        finish_statistics(c, 1, &data.mean, &data.m2);
       }
     }
     for_each(partition_.tasks, [&](int64_t task) {
@@ -159,51 +174,47 @@ class BatchNormForwardDriver {
   void columns() {
     for_each(partition_.tasks, [this](int64_t task) {
       const int64_t begin = task * partition_.panel, group = partition_.group;
-      const int64_t cols = minimum(partition_.panel, partition_.cols - begin);
+      const int64_t cols = minimum(partition_.panel, partition_.cols - begin), first = begin / group;
       PanelParameters<A> panel;
       double mean[kPanel], m2[kPanel];
-      if (args_.training) functions_.group_moments(x_ + begin, partition_.rows, cols, group, partition_.cols, mean, m2);
-      for (int64_t i = 0; i < cols; i += group) {
-        const int64_t c = (begin + i) / group;
-        if (args_.training) finish_statistics(c, mean[i / group], m2[i / group]);
-        panel.columns().set(i, i + group, 1, plane_parameters(c));
+      if (args_.training) {
+        functions_.group_moments(x_ + begin, partition_.rows, cols, group, partition_.cols, mean, m2);
+        finish_statistics(first, cols / group, mean, m2);
       }
+      panel.columns().set_groups(cols, group, [&](int64_t c) { return plane_parameters(first + c); });
       apply_columns(begin, partition_.rows, cols, panel.columns());
     });
   }
 
   void split_columns() {
     const int64_t cols = partition_.cols, panel = partition_.panel;
-    const auto task_rows = [&](int64_t task) {
-      return minimum(partition_.task_rows, partition_.rows - task * partition_.task_rows);
-    };
     if (args_.training) {
       for_each(partition_.tasks, [&](int64_t task) {
         double* mean = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
-          functions_.group_moments(x_ + task * partition_.task_rows * cols + c, task_rows(task),
+          functions_.group_moments(x_ + partition_.first_row(task) * cols + c, partition_.row_count(task),
                                    minimum(panel, cols - c), 1, cols, mean + c, mean + cols + c);
         }
       });
       // Into the first task's columns, then into channels.
       double *mean = workspace_.partial, *m2 = mean + cols;
-      int64_t count = task_rows(0);
+      int64_t count = partition_.row_count(0);
       for (int64_t task = 1; task < partition_.tasks; ++task) {
         const double* other = mean + task * 2 * cols;
-        combine_columns(cols, count, mean, m2, task_rows(task), other, other + cols);
-        count += task_rows(task);
+        combine_columns(cols, count, mean, m2, partition_.row_count(task), other, other + cols);
+        count += partition_.row_count(task);
       }
-      for (int64_t c = 0; c < e_.C; ++c) {
-        WelfordData data;
-        for (int64_t i = c; i < cols; i += e_.C) data.combine({static_cast<double>(count), mean[i], m2[i]});
-        finish_statistics(c, data.mean, data.m2);
+      for (int64_t half = cols / 2; half >= e_.C; half /= 2) {
+        combine_columns(half, count, mean, m2, count, mean + half, m2 + half);
+        count *= 2;
       }
+      finish_statistics(0, e_.C, mean, m2);
     }
     const ColumnParameters<A>& p = workspace_.parameters;
     for (int64_t c = 0; c < e_.C; ++c) p.set(c, cols, e_.C, plane_parameters(c));
     for_each_backwards(partition_.tasks, [&](int64_t t) {
       for (int64_t c = 0; c < cols; c += kTile) {
-        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(kTile, cols - c), p.from(c));
+        apply_columns(partition_.first_row(t) * cols + c, partition_.row_count(t), minimum(kTile, cols - c), p.from(c));
       }
     });
   }
@@ -318,21 +329,32 @@ class BatchNormBackwardDriver {
     }
   }
 
+  // Of all samples.
+  void sum_channel(int64_t c, double& sum_dz, double& sum_dz_deviation) {
+    sum_dz = sum_dz_deviation = 0;
+    for (int64_t n = 0; n < e_.N; ++n) {
+      double s, d;
+      sum_plane(c, (n * e_.C + c) * e_.S, e_.S, s, d);
+      sum_dz += s;
+      sum_dz_deviation += d;
+    }
+  }
+
   void planes() {
-    for_each(e_.C, [this](int64_t c) {
-      PlaneParameters<A> p = parameters(c);
+    for_each(partition_.tasks, [this](int64_t task) {
+      const int64_t begin = task * partition_.panel, count = minimum(partition_.panel, e_.C - begin);
+      double sum_dz[kChannels], sum_dz_deviation[kChannels];
+      PlaneParameters<A> p[kChannels];
       if (reduces_) {
-        double total = 0, total_deviation = 0;
-        for (int64_t n = 0; n < e_.N; ++n) {
-          double s, d;
-          sum_plane(c, (n * e_.C + c) * e_.S, e_.S, s, d);
-          total += s;
-          total_deviation += d;
-        }
-        p = finish_sums(c, total, total_deviation);
+        for (int64_t i = 0; i < count; ++i) sum_channel(begin + i, sum_dz[i], sum_dz_deviation[i]);
+        for (int64_t i = 0; i < count; ++i) p[i] = finish_sums(begin + i, sum_dz[i], sum_dz_deviation[i]);
+      } else {
+        for (int64_t i = 0; i < count; ++i) p[i] = parameters(begin + i);
       }
       if (!applies_) return;
-      for (int64_t n = e_.N - 1; n >= 0; --n) apply_plane((n * e_.C + c) * e_.S, e_.S, p);
+      for (int64_t n = e_.N - 1; n >= 0; --n) {
+        for (int64_t i = 0; i < count; ++i) apply_plane((n * e_.C + begin + i) * e_.S, e_.S, p[i]);
+      }
     });
   }
 
@@ -359,7 +381,7 @@ class BatchNormBackwardDriver {
         }
         p = finish_sums(c, total, total_deviation);
       }
-      workspace_.parameters.set(c, c + 1, 1, p);
+      workspace_.parameters.set(c, p);
     }
     if (!applies_) return;
     for_each(partition_.tasks, [&](int64_t task) {
@@ -384,21 +406,18 @@ class BatchNormBackwardDriver {
   void columns() {
     for_each(partition_.tasks, [this](int64_t task) {
       const int64_t begin = task * partition_.panel, group = partition_.group;
-      const int64_t cols = minimum(partition_.panel, partition_.cols - begin);
+      const int64_t cols = minimum(partition_.panel, partition_.cols - begin), first = begin / group;
       PanelParameters<A> panel;
       const ColumnParameters<A> p = panel.columns();
-      for (int64_t i = 0; i < cols; i += group) p.set(i, i + group, 1, parameters((begin + i) / group));
+      p.set_groups(cols, group, [&](int64_t c) { return parameters(first + c); });
       if (reduces_) {
         double sum_dz[kPanel], sum_dz_deviation[kPanel];
         sum_columns(begin, partition_.rows, cols, p, sum_dz, sum_dz_deviation);
-        for (int64_t i = 0; i < cols; i += group) {
-          double total = sum_dz[i], total_deviation = sum_dz_deviation[i];
-          if (group > 1) {
-            total = sum(sum_dz + i, group);
-            total_deviation = sum(sum_dz_deviation + i, group);
-          }
-          p.set(i, i + group, 1, finish_sums((begin + i) / group, total, total_deviation));
-        }
+        p.set_groups(cols, group, [&](int64_t c) {
+          const int64_t i = c * group;
+          if (group == 1) return finish_sums(first + c, sum_dz[i], sum_dz_deviation[i]);
+          return finish_sums(first + c, sum(sum_dz + i, group), sum(sum_dz_deviation + i, group));
+        });
       }
       if (applies_) apply_columns(begin, partition_.rows, cols, p);
     });
@@ -406,34 +425,28 @@ class BatchNormBackwardDriver {
 
   void split_columns() {
     const int64_t cols = partition_.cols, panel = partition_.panel;
-    const auto task_rows = [&](int64_t task) {
-      return minimum(partition_.task_rows, partition_.rows - task * partition_.task_rows);
-    };
     const ColumnParameters<A>& p = workspace_.parameters;
     for (int64_t c = 0; c < e_.C; ++c) p.set(c, cols, e_.C, parameters(c));
     if (reduces_) {
       for_each(partition_.tasks, [&](int64_t task) {
         double* sums = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
-          sum_columns(task * partition_.task_rows * cols + c, task_rows(task), minimum(panel, cols - c), p.from(c),
-                      sums + c, sums + cols + c);
+          sum_columns(partition_.first_row(task) * cols + c, partition_.row_count(task), minimum(panel, cols - c),
+                      p.from(c), sums + c, sums + cols + c);
         }
       });
       double *sums = workspace_.partial, *deviations = sums + cols;
       add_partials(sums, partition_.tasks, 2 * cols);
-      for (int64_t c = 0; c < e_.C; ++c) {
-        double total = 0, total_deviation = 0;
-        for (int64_t i = c; i < cols; i += e_.C) {
-          total += sums[i];
-          total_deviation += deviations[i];
-        }
-        p.set(c, cols, e_.C, finish_sums(c, total, total_deviation));
+      for (int64_t half = cols / 2; half >= e_.C; half /= 2) {
+        add_partials(sums, 2, half);
+        add_partials(deviations, 2, half);
       }
+      for (int64_t c = 0; c < e_.C; ++c) p.set(c, cols, e_.C, finish_sums(c, sums[c], deviations[c]));
     }
     if (!applies_) return;
     for_each_backwards(partition_.tasks, [&](int64_t t) {
       for (int64_t c = 0; c < cols; c += kTile) {
-        apply_columns(t * partition_.task_rows * cols + c, task_rows(t), minimum(kTile, cols - c), p.from(c));
+        apply_columns(partition_.first_row(t) * cols + c, partition_.row_count(t), minimum(kTile, cols - c), p.from(c));
       }
     });
   }

@@ -179,9 +179,9 @@ SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int
   const bool streams = streams_output<T>(e, all);
   switch (p.path) {
     case Partition::Path::planes: {
-      const int64_t within = ahead_in_planes<T>(e);
       // Planes are gone through from the last to the first.
-      return {ahead(e.N * e.S, e.S, within < e.S ? within : -within), streams};
+      const int64_t within = ahead_in_planes<T>(e);
+      return {within == 0 ? 0 : ahead(p.panel * e.N * e.S, p.panel * e.S, -within), streams};
     }
     case Partition::Path::split_planes: return {ahead_in_planes<T>(e), streams};
     case Partition::Path::columns: return {ahead(p.rows * p.panel, p.panel, ahead_in_rows<T>(p.cols)), streams};
@@ -190,13 +190,10 @@ SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int
   return {ahead_in_rows<T>(p.cols), streams};
 }
 
-// GroupNorm's; a contiguous group follows the one before.
+// GroupNorm's; contiguous, its groups are one long stretch.
 template <class T>
-SecondPass second_pass(const GroupPartition& p, const Extent& e, int64_t groups, int64_t tensors, int64_t all) {
-  const bool streams = streams_output<T>(e, all);
-  if (p.channels_last) return {ahead_in_rows<T>(e.C), streams};
-  const int64_t within = kAheadBytes / sizeof(T), size = groups > 0 ? e.C / groups * e.S : 0;
-  return {p.split ? within : ahead_in_second_pass<T>(tensors, size, size, within), streams};
+SecondPass second_pass(const GroupPartition& p, const Extent& e, int64_t tensors) {
+  return {p.channels_last ? ahead_in_rows<T>(e.C) : 0, streams_output<T>(e, tensors)};
 }
 
 // f(destination) writes n <= kTile elements: those of `to`, or memory in L1 that is then streamed to it.

@@ -25,7 +25,7 @@ class GroupNormDriver {
         D_(e_.C / args.groups),
         partition_(group_norm_partition(e_, args.groups)),
         functions_(args.activation, false),
-        second_pass_(second_pass<T>(partition_, e_, args.groups, tensors, tensors + 1)),
+        second_pass_(second_pass<T>(partition_, e_, tensors)),
         rows_(args.activation),
         x_(static_cast<const T*>(args.x)),
         weight_(static_cast<const A*>(args.weight)),
@@ -76,8 +76,10 @@ class GroupNormDriver {
   }
 
   // channels_last: the rows of a task, whose sample is task / splits.
-  int64_t first_row(int64_t task) const { return (task % partition_.splits) * partition_.task_rows; }
-  int64_t row_count(int64_t task) const { return minimum(partition_.task_rows, e_.S - first_row(task)); }
+  int64_t first_row(int64_t task) const { return first_row_of(task % partition_.splits, partition_.splits, e_.S); }
+  int64_t row_count(int64_t task) const {
+    return first_row_of(task % partition_.splits + 1, partition_.splits, e_.S) - first_row(task);
+  }
   int64_t offset_of(int64_t task) const { return (task / partition_.splits * e_.S + first_row(task)) * e_.C; }
 
   // Rows: weight and bias of every channel, in the workspace.
@@ -166,7 +168,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
 
  public:
   GroupNormForwardDriver(const GroupNormForward& args, ParallelFor parallel_for)
-      : Base(args, parallel_for, static_cast<A*>(args.mean), static_cast<A*>(args.rstd), 1),
+      : Base(args, parallel_for, static_cast<A*>(args.mean), static_cast<A*>(args.rstd), 2),
         y_(static_cast<T*>(args.y)),
         eps_(args.eps) {}
 
@@ -181,7 +183,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
       rows();
     } else {
       for_each(e_.N * G_, [this](int64_t unit) {
-        finish_statistics(unit, plane_moments(x_ + unit * D_ * e_.S, D_ * e_.S, kAheadBytes / sizeof(T)));
+        finish_statistics(unit, plane_moments(x_ + unit * D_ * e_.S, D_ * e_.S, 0));
         apply_channels(unit / G_, unit % G_ * D_, (unit % G_ + 1) * D_);
       });
     }
@@ -234,7 +236,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     auto* partial = reinterpret_cast<WelfordData*>(partial_);
     for_each(e_.N * G_ * segments, [&](int64_t task) {
       const int64_t unit = task / segments, begin = task % segments * kSegment;
-      partial[task] = plane_moments(x_ + unit * size + begin, minimum(kSegment, size - begin), kAheadBytes / sizeof(T));
+      partial[task] = plane_moments(x_ + unit * size + begin, minimum(kSegment, size - begin), 0);
     });
     for (int64_t unit = 0; unit < e_.N * G_; ++unit) {
       WelfordData data;
@@ -311,7 +313,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
  public:
   GroupNormBackwardDriver(const GroupNormBackward& args, ParallelFor parallel_for)
       : Base(args, parallel_for, const_cast<A*>(static_cast<const A*>(args.mean)),
-             const_cast<A*>(static_cast<const A*>(args.rstd)), 2),
+             const_cast<A*>(static_cast<const A*>(args.rstd)), 3),
         dy_(static_cast<const T*>(args.dy)),
         dx_(static_cast<T*>(args.dx)),
         dweight_(static_cast<A*>(args.dweight)),
@@ -443,8 +445,8 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
     }
     for (int64_t c = begin; c < end; ++c) {
       const int64_t at = (n * e_.C + c) * e_.S;
-      sum_plane<T>(this->functions_, x_ + at, dy_ + at, nullptr, e_.S, kAheadBytes / sizeof(T), parameters(c),
-                   sum_dz(n, c), sum_dz_deviation(n, c));
+      sum_plane<T>(this->functions_, x_ + at, dy_ + at, nullptr, e_.S, 0, parameters(c), sum_dz(n, c),
+                   sum_dz_deviation(n, c));
     }
   }
 

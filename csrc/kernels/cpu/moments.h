@@ -72,11 +72,11 @@ WelfordData tile_moments(const T* x, int64_t n, int64_t ahead) {
   return {static_cast<double>(n), shift + s / n, m2 > 0 ? m2 : 0};
 }
 
-// Any number of adjacent values; `ahead` is where the next ones are.
+// n > 0 adjacent values; `ahead` is where the next ones are.
 template <class T>
 WelfordData plane_moments(const T* x, int64_t n, int64_t ahead) {
-  WelfordData data;
-  for (int64_t i = 0; i < n; i += kTile) data.combine(tile_moments(x + i, minimum(kTile, n - i), ahead));
+  WelfordData data = tile_moments(x, minimum(kTile, n), ahead);
+  for (int64_t i = kTile; i < n; i += kTile) data.combine(tile_moments(x + i, minimum(kTile, n - i), ahead));
   return data;
 }
 

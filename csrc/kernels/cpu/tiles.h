@@ -51,15 +51,26 @@ struct ColumnParameters {
   }
   ColumnParameters from(int64_t c) const { return {mean + c, scale + c, bias + c, outer + c, offset + c, slope + c}; }
 
+  void set(int64_t c, const PlaneParameters<A>& p) const {
+    mean[c] = p.mean;
+    scale[c] = p.scale;
+    bias[c] = p.bias;
+    outer[c] = p.outer;
+    offset[c] = p.offset;
+    slope[c] = p.slope;
+  }
   // Sets the parameters of columns [begin, end), step apart.
   void set(int64_t begin, int64_t end, int64_t step, const PlaneParameters<A>& p) const {
-    for (int64_t c = begin; c < end; c += step) {
-      mean[c] = p.mean;
-      scale[c] = p.scale;
-      bias[c] = p.bias;
-      outer[c] = p.outer;
-      offset[c] = p.offset;
-      slope[c] = p.slope;
+    for (int64_t c = begin; c < end; c += step) set(c, p);
+  }
+  // Sets those of columns [0, cols), of which each channel has `group`, from the channels' own, of(0) and so on.
+  template <class F>
+  void set_groups(int64_t cols, int64_t group, F of) const {
+    if (group == 1) {
+      // What a compiler makes of a loop over one column takes longer than the column.
+      for (int64_t c = 0; c < cols; ++c) set(c, of(c));
+    } else {
+      for (int64_t c = 0; c * group < cols; ++c) set(c * group, (c + 1) * group, 1, of(c));
     }
   }
 };
@@ -72,24 +83,23 @@ struct PanelParameters {
   ColumnParameters<A> columns() { return {mean, scale, bias, outer, offset, slope}; }
 };
 
-// Asks for the line of an element that a pass over cold memory will need soon: rows and planes are streams too short
-// for the processor to notice.
+// Asks for the line of an element that a pass over cold memory will need soon.
 template <class T>
 NORMFUSED_INLINE void prefetch(const T* x, int64_t element) {
   __builtin_prefetch(reinterpret_cast<const char*>(x) + element * static_cast<int64_t>(sizeof(T)));
 }
 
-// How far ahead: some rows of a matrix; the next plane of the same channel, or within a plane that is long.
-constexpr int64_t kAheadBytes = 4096;
+// How far ahead: 0 where the processor finds what comes next by itself, since asking costs as much as reading then.
+// Some rows of a matrix if they are far apart; the next plane of the same channel if planes are too short to be
+// noticed.
+constexpr int64_t kFarRowBytes = 16384, kLongPlaneBytes = 8192;
 template <class T>
-int64_t ahead_in_rows(int64_t stride) {
-  const int64_t row_bytes = maximum(stride * static_cast<int64_t>(sizeof(T)), 1);
-  return maximum(divide_up(kAheadBytes, row_bytes), 4) * stride;
+int64_t ahead_in_rows(int64_t stride, int64_t rows = 4) {
+  return stride * static_cast<int64_t>(sizeof(T)) < kFarRowBytes ? 0 : rows * stride;
 }
 template <class T>
 int64_t ahead_in_planes(const Extent& e) {
-  constexpr int64_t kLong = 4 * kAheadBytes / sizeof(T);
-  return e.S < kLong ? e.C * e.S : kAheadBytes / sizeof(T);
+  return e.N == 1 || e.S * static_cast<int64_t>(sizeof(T)) >= kLongPlaneBytes ? 0 : e.C * e.S;
 }
 
 // f(parameters of column c, index of the element) for the elements of rows x cols, a vector or one at a time. f may see
@@ -163,7 +173,7 @@ NORMFUSED_INLINE void add_rows(const T* x, int64_t cols, int64_t stride, int64_t
 
 template <class T, class A>
 void add_shifted_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, const A* shift, A* s1, A* s2) {
-  const int64_t ahead = maximum(ahead_in_rows<T>(stride), 8 * stride);
+  const int64_t ahead = ahead_in_rows<T>(stride, 8);
   int64_t r = 0;
   for (; r + 8 <= rows; r += 8) add_rows<8>(x + r * stride, cols, stride, ahead, shift, s1, s2);
   for (; r < rows; ++r) add_rows<1>(x + r * stride, cols, stride, ahead, shift, s1, s2);
