@@ -3,11 +3,13 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/python_numbers.h>
 #include <torch/csrc/utils/python_strings.h>
@@ -186,7 +188,13 @@ namespace {
 // Whether an argument is what this path takes; all else, subclasses among it, is left to Python.
 bool is_tensor_or_none(PyObject* o) { return o == Py_None || THPVariable_CheckExact(o); }
 bool is_name_or_none(PyObject* o) { return o == Py_None || PyUnicode_CheckExact(o); }
-bool is_traced() { return at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled(); }
+// A mode that sees every call, torch.jit.trace, a transform of torch.func; or what torch.utils.checkpoint computes
+// again.
+bool is_watched() {
+  return at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         torch::autograd::get_current_graph_task_id() != -1;
+}
 
 OptionalTensor tensor(PyObject* o) { return o == Py_None ? OptionalTensor() : THPVariable_Unpack(o); }
 IValue name(PyObject* o) { return o == Py_None ? IValue() : IValue(THPUtils_unpackString(o)); }
@@ -197,9 +205,10 @@ PyObject* call_batch_norm_act(PyObject*, PyObject* const* a, Py_ssize_t count) {
   bool served = THPVariable_CheckExact(a[0]) && PyBool_Check(a[7]) && PyFloat_CheckExact(a[9]) &&
                 (a[8] == Py_None || PyFloat_CheckExact(a[8])) && is_name_or_none(a[10]) && is_name_or_none(a[11]);
   for (int i = 1; i < 7; ++i) served = served && is_tensor_or_none(a[i]);
-  if (!served || is_traced()) Py_RETURN_NOTIMPLEMENTED;
+  if (!served || is_watched()) Py_RETURN_NOTIMPLEMENTED;
 
   const Tensor& x = THPVariable_Unpack(a[0]);
+  if (x.dim() < 2 || x.is_meta()) Py_RETURN_NOTIMPLEMENTED;
   const OptionalTensor weight = tensor(a[1]), bias = tensor(a[2]), residual = tensor(a[3]);
   const BatchNormOptions options = {
       .running_mean = tensor(a[4]),
@@ -211,6 +220,8 @@ PyObject* call_batch_norm_act(PyObject*, PyObject* const* a, Py_ssize_t count) {
       .activation = name(a[10]),
       .pre_activation = name(a[11]),
   };
+  TORCH_CHECK(!torch::autograd::compute_requires_grad(options.running_mean, options.running_var),
+              "batch_norm_act: running_mean and running_var get no gradient and must not require one");
   Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
@@ -235,9 +246,11 @@ PyObject* call_group_norm_act(PyObject*, PyObject* const* a, Py_ssize_t count) {
   TORCH_CHECK_TYPE(count == 6, "group_norm_act: 6 arguments are expected, got ", count);
   const bool served = THPVariable_CheckExact(a[0]) && is_tensor_or_none(a[1]) && is_tensor_or_none(a[2]) &&
                       PyLong_CheckExact(a[3]) && PyFloat_CheckExact(a[4]) && is_name_or_none(a[5]);
-  if (!served || is_traced()) Py_RETURN_NOTIMPLEMENTED;
+  if (!served || is_watched()) Py_RETURN_NOTIMPLEMENTED;
 
   const Tensor& x = THPVariable_Unpack(a[0]);
+  // Autocast wants float32 of a GPU.
+  if (x.is_meta() || (x.is_cuda() && at::autocast::is_autocast_enabled(at::kCUDA))) Py_RETURN_NOTIMPLEMENTED;
   const OptionalTensor weight = tensor(a[1]), bias = tensor(a[2]);
   const GroupNormOptions options = {THPUtils_unpackLong(a[3]), PyFloat_AS_DOUBLE(a[4]), name(a[5])};
   Tensor y;

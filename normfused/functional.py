@@ -112,6 +112,15 @@ def group_norm_act(
     """
     if not isinstance(input, torch.Tensor):
         raise _not_a_tensor("group_norm_act", "input", input)
+    y: torch.Tensor
+    if _autograd_serves(input):
+        try:
+            y = ops.AUTOGRAD.group_norm_act(input, weight, bias, num_groups, eps, activation)
+        except RuntimeError:
+            _raise(_group_norm_error(input, num_groups, activation))
+            raise
+        if y is not NotImplemented:
+            return y
     if input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
         input = input.float()
     backend = "torch" if _is_transformed() else backends.choose(input)
@@ -121,12 +130,7 @@ def group_norm_act(
         _raise(_group_norm_error(input, num_groups, activation))
     if by_torch:
         return native.group_norm_act(input, num_groups, weight, bias, eps, activation)
-    y: torch.Tensor
     try:
-        if not compiling and backend == "extension" and ops.AUTOGRAD is not None and recompute.local.choice is None:
-            y = ops.AUTOGRAD.group_norm_act(input, weight, bias, num_groups, eps, activation)
-            if y is not NotImplemented:
-                return y
         if not (
             torch.is_grad_enabled()
             and (
@@ -315,6 +319,32 @@ def _batch_norm_act(
     pre_activation: str | None,
 ) -> torch.Tensor:
     """batch_norm_act that also keeps ``num_batches_tracked``; momentum=None then averages cumulatively."""
+    if _autograd_serves(input) and (
+        pre_activation is None or ops.fuses_pre_activation(input.device.type, pre_activation, activation, residual)
+    ):
+        y: torch.Tensor
+        try:
+            y = ops.AUTOGRAD.batch_norm_act(
+                input,
+                weight,
+                bias,
+                residual,
+                running_mean,
+                running_var,
+                num_batches_tracked,
+                training,
+                momentum,
+                eps,
+                activation,
+                pre_activation,
+            )
+        except RuntimeError:
+            _raise(
+                _batch_norm_error(input, running_mean, running_var, training, eps, activation, residual, pre_activation)
+            )
+            raise
+        if y is not NotImplemented:
+            return y
     if not isinstance(input, torch.Tensor):
         raise _not_a_tensor("batch_norm_act", "input", input)
     # PyTorch takes a one-dimensional input if it is empty.
@@ -357,7 +387,6 @@ def _batch_norm_act(
     ):
         input, pre_activation = native.activate(input, pre_activation), None
     arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, pre_activation)
-    y: torch.Tensor
     try:
         grad_enabled = torch.is_grad_enabled()
         if grad_enabled and (
@@ -365,10 +394,6 @@ def _batch_norm_act(
             or (running_var is not None and running_var.requires_grad)
         ):
             raise RuntimeError("batch_norm_act: running_mean and running_var get no gradient and must not require one")
-        if not compiling and backend == "extension" and ops.AUTOGRAD is not None and recompute.local.choice is None:
-            y = ops.AUTOGRAD.batch_norm_act(input, weight, bias, residual, *arguments)
-            if y is not NotImplemented:
-                return y
         if not (
             grad_enabled
             and (
@@ -403,6 +428,18 @@ def _batch_norm_act(
             y, input, weight, bias, residual, mean, invstd, activation, backend, pre_activation
         )
     return y
+
+
+def _autograd_serves(input: object) -> bool:
+    """Whether the autograd functions in C++, which look for themselves at what else concerns them, may be asked."""
+    return (
+        not torch.compiler.is_compiling()
+        and ops.AUTOGRAD is not None
+        and recompute.local.choice is None
+        and forward_ad._current_level < 0
+        and isinstance(input, torch.Tensor)
+        and backends.choose(input) == "extension"
+    )
 
 
 def _is_transformed() -> bool:
