@@ -60,12 +60,13 @@ def core():
         devices["cuda"]["libraries"] = ["torch_cuda", "cudart_static", "rt", "dl"]
     macros = [(f"NORMFUSED_CUDA_{name.upper()}", json.dumps(value)) for name, value in cuda.items()]
     modules = [Extension("normfused._C", ["csrc/module.cpp"], tools.include_paths(), macros, extra_compile_args=FLAGS)]
+    modules.append(tools.CppExtension("normfused._autograd", ["csrc/autograd.cpp"], extra_compile_args=FLAGS))
     # LibTorch's stable ABI: these run on every torch from 2.10 on; without Python's symbols, torch alone can load them.
     stable = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("TORCH_STABLE_ONLY", None)]
     common = {"define_macros": stable, "extra_link_args": ["-Wl,--no-as-needed"], "py_limited_api": True}
     for device, options in devices.items():
         patterns = "torch/*.cpp", f"*/{device}/**/*.cpp", f"*/{device}/**/*.cu"
-        sources = sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+        sources = [str(path) for pattern in patterns for path in sorted(Path("csrc").glob(pattern))]
         modules.append(tools.CppExtension(f"normfused._{device}", sources, **common, **options))
     return {"ext_modules": modules, "cmdclass": {"build_ext": tools.BuildExtension}}
 

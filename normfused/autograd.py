@@ -5,14 +5,15 @@ gradient is the differentiable formula of reference.py instead of the operator.
 
 What needs no gradient comes in one tuple: autograd's bookkeeping costs time for every argument. The functions called
 ``*_eager`` leave out the Python half of Function.apply, which serves torch.func (functional.py sends its transforms
-elsewhere); torch.compile knows only Function.apply.
+elsewhere); torch.compile knows only Function.apply. Where the C++ core was built with the torch that runs, eager calls
+of its operators take csrc/autograd.cpp instead, which is the same in C++.
 """
 
 from typing import Any
 
 import torch
 
-from . import reference
+from . import ops, reference
 from .backends import OPERATORS
 
 
@@ -111,3 +112,6 @@ class GroupNormActFunction(torch.autograd.Function):
 
 batch_norm_act_eager = super(torch.autograd.Function, BatchNormActFunction).apply
 group_norm_act_eager = super(torch.autograd.Function, GroupNormActFunction).apply
+
+if ops.AUTOGRAD is not None:
+    ops.AUTOGRAD.set_formulas(reference.batch_norm_act_backward, reference.group_norm_act_backward)

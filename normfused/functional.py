@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from . import backends, native, recompute
+from . import backends, native, ops, recompute
 from .autograd import (
     BatchNormActFunction,
     GroupNormActFunction,
@@ -121,7 +121,12 @@ def group_norm_act(
         _raise(_group_norm_error(input, num_groups, activation))
     if by_torch:
         return native.group_norm_act(input, num_groups, weight, bias, eps, activation)
+    y: torch.Tensor
     try:
+        if not compiling and backend == "extension" and ops.AUTOGRAD is not None and recompute.local.choice is None:
+            y = ops.AUTOGRAD.group_norm_act(input, weight, bias, num_groups, eps, activation)
+            if y is not NotImplemented:
+                return y
         if not (
             torch.is_grad_enabled()
             and (
@@ -130,9 +135,7 @@ def group_norm_act(
                 or (bias is not None and bias.requires_grad)
             )
         ):
-            y: torch.Tensor = backends.OPERATORS[backend].group_norm_act(
-                input, weight, bias, num_groups, eps, activation
-            )[0]
+            y = backends.OPERATORS[backend].group_norm_act(input, weight, bias, num_groups, eps, activation)[0]
             return y
         apply: Any = GroupNormActFunction.apply if compiling else group_norm_act_eager
         y = apply(input, weight, bias, (num_groups, eps, activation, backend))
@@ -354,6 +357,7 @@ def _batch_norm_act(
     ):
         input, pre_activation = native.activate(input, pre_activation), None
     arguments = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, pre_activation)
+    y: torch.Tensor
     try:
         grad_enabled = torch.is_grad_enabled()
         if grad_enabled and (
@@ -361,6 +365,10 @@ def _batch_norm_act(
             or (running_var is not None and running_var.requires_grad)
         ):
             raise RuntimeError("batch_norm_act: running_mean and running_var get no gradient and must not require one")
+        if not compiling and backend == "extension" and ops.AUTOGRAD is not None and recompute.local.choice is None:
+            y = ops.AUTOGRAD.batch_norm_act(input, weight, bias, residual, *arguments)
+            if y is not NotImplemented:
+                return y
         if not (
             grad_enabled
             and (
@@ -370,7 +378,7 @@ def _batch_norm_act(
                 or (residual is not None and residual.requires_grad)
             )
         ):
-            y: torch.Tensor = operators.batch_norm_act(input, weight, bias, residual, *arguments)[0]
+            y = operators.batch_norm_act(input, weight, bias, residual, *arguments)[0]
         else:
             if compiling and residual is input:
                 # torch.compile takes no tensor for two arguments.

@@ -75,6 +75,23 @@ else:
     _Base = object
 
 
+def _tensors(module: Any) -> tuple[torch.Tensor | None, ...]:
+    """A BatchNorm's (weight, bias, running_mean, running_var, num_batches_tracked)."""
+    # Past Module.__getattr__, whose five calls would cost the host as much as the rest of a small layer in evaluation.
+    parameters, buffers = module._parameters, module._buffers
+    try:
+        return (
+            parameters["weight"],
+            parameters["bias"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            buffers["num_batches_tracked"],
+        )
+    except KeyError:
+        # Something has taken a place: a parametrization, pruning, a wrapper for distributed training.
+        return module.weight, module.bias, module.running_mean, module.running_var, module.num_batches_tracked
+
+
 class _BatchNormAct(_Base):
     """What BatchNormAct1d, 2d and 3d add to their torch.nn base class."""
 
@@ -96,22 +113,20 @@ class _BatchNormAct(_Base):
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        if self.training:
-            tracks = self.track_running_stats
-            running_mean = self.running_mean if tracks else None
-            running_var = self.running_var if tracks else None
-            num_batches_tracked = self.num_batches_tracked if tracks else None
-            training = True
-        else:
-            running_mean, running_var, num_batches_tracked = self.running_mean, self.running_var, None
+        weight, bias, running_mean, running_var, num_batches_tracked = _tensors(self)
+        training = self.training
+        if not training:
+            num_batches_tracked = None
             training = running_mean is None and running_var is None
+        elif not self.track_running_stats:
+            running_mean = running_var = num_batches_tracked = None
         return _batch_norm_act(
             input,
             running_mean,
             running_var,
             num_batches_tracked,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             training,
             self.momentum,
             self.__dict__["eps"],  # past the descriptor, which costs time

@@ -1,7 +1,8 @@
 """Typed access to the operators in torch.ops.normfused, and the fake (meta) kernels that Triton's share.
 
 LOADED says whether the C++ core is there; WHY_NOT says in a sentence why it is not; BUILD holds the build information.
-CUDA_WHY_NOT says why the operators have no CUDA kernels (None: they have).
+CUDA_WHY_NOT says why the operators have no CUDA kernels (None: they have). AUTOGRAD is the C++ form of autograd.py's
+functions, or None, and AUTOGRAD_WHY_NOT says why.
 """
 
 from pathlib import Path
@@ -14,6 +15,8 @@ LOADED = False
 WHY_NOT: str | None = None
 CUDA_WHY_NOT: str | None = None
 BUILD: dict[str, Any] = {}
+AUTOGRAD: Any = None
+AUTOGRAD_WHY_NOT: str | None = None
 
 
 def _load() -> str | None:
@@ -58,9 +61,24 @@ def _load_cuda() -> str | None:
     return None
 
 
+def _load_autograd() -> str | None:
+    """Load the C++ autograd functions; returns why they could not be, or None. The operators do not need them."""
+    global AUTOGRAD
+    if not LOADED:
+        return WHY_NOT
+    if (built := BUILD["torch"]) != torch.__version__.split("+")[0]:
+        return f"autograd in C++ was built for torch {built} and this is torch {torch.__version__}; reinstall normfused"
+    try:
+        from . import _autograd as AUTOGRAD  # type: ignore[attr-defined]
+    except ImportError as error:
+        return f"autograd in C++ does not load under torch {torch.__version__}: {error}"
+    return None
+
+
 WHY_NOT = _load()
 LOADED = WHY_NOT is None
 CUDA_WHY_NOT = _load_cuda()
+AUTOGRAD_WHY_NOT = _load_autograd()
 
 
 def _check_devices(x: torch.Tensor, *others: torch.Tensor | None) -> None:
