@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools import __version__ as setuptools_version
 
 from build_backend import why_pure_python
 
@@ -74,8 +75,11 @@ sys.argv.insert(1, "--quiet")  # so that what fails is not below a hundred lines
 if (reason := why_pure_python()) and BUILDS:
     print(f"normfused: installing without the C++ core, PyTorch's own operators serve instead: {reason}")
 try:
+    if int(setuptools_version.split(".")[0]) < 77:
+        raise RuntimeError(f"setuptools {setuptools_version} does not read pyproject.toml's license")
     if "dist_info" in sys.argv and not reason and not find_spec("torch"):
         raise ModuleNotFoundError("No module named 'torch'")  # before pip has fetched it for the run
     setup(**(core() if BUILDS and not reason else {}))
 except (ModuleNotFoundError, RuntimeError) as error:
-    raise SystemExit(f"normfused is not built: {error} (torch >= 2.10, setuptools, ninja have to be there)") from None
+    needs = "torch >= 2.10, setuptools >= 77, ninja have to be there"
+    raise SystemExit(f"normfused is not built: {error} ({needs})") from None

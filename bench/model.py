@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import normfused
 
 from . import report
-from .memory import kept_memory, peak_memory
+from .memory import garbage_apart, kept_memory, peak_memory
 from .mobilenet_v2 import MobileNetV2
 from .resnet import ResNet50
 from .timing import reason, summarise
@@ -116,13 +116,14 @@ class Training:
         return kept, peak_memory(self.step)
 
     def _cuda_memory(self):
-        before = torch.cuda.memory_allocated()
-        loss = self.forward()
-        kept = torch.cuda.memory_allocated() - before
-        del loss
-        torch.cuda.reset_peak_memory_stats()
-        self.step()
-        return kept, torch.cuda.max_memory_allocated() - before
+        with garbage_apart():
+            before = torch.cuda.memory_allocated()
+            loss = self.forward()
+            kept = torch.cuda.memory_allocated() - before
+            del loss
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            return kept, torch.cuda.max_memory_allocated() - before
 
     def _wait(self):
         if self.x.is_cuda:

@@ -41,12 +41,16 @@ def _load_cuda() -> str | None:
     """Load the CUDA kernels of the operators; returns why they could not be, or None. Does not initialise CUDA."""
     if not LOADED:
         return WHY_NOT
+    if torch.version.hip:
+        return f"normfused's CUDA kernels are for NVIDIA's GPUs, torch {torch.__version__} is a build for AMD's"
     built, running = BUILD["cuda_version"], torch.version.cuda
-    rebuild = "reinstall normfused where this torch and nvcc are, with FORCE_CUDA=1 and pip's --no-build-isolation"
+    rebuild = "reinstall normfused where torch and nvcc are, with FORCE_CUDA=1 and pip's --no-build-isolation"
+    if running is None:
+        rebuild = f"install a CUDA build of torch, then {rebuild}"
     if BUILD["cuda_why_not"]:
         return f"normfused was built without CUDA kernels ({BUILD['cuda_why_not']}); {rebuild}"
     if running is None:
-        return f"normfused has CUDA kernels, but torch {torch.__version__} is a build without CUDA"
+        return f"normfused has CUDA kernels, but torch {torch.__version__} has no CUDA; install a CUDA build"
     if built.split(".")[0] != running.split(".")[0]:
         return f"normfused's CUDA kernels were built with CUDA {built}, this torch runs on CUDA {running}; {rebuild}"
     try:

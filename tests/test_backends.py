@@ -69,7 +69,7 @@ def test_a_gpu_without_code_for_it_is_named_with_the_cure(machine):
     ("built", "running", "reason"),
     [
         ("13.0", "12.8", "were built with CUDA 13.0, this torch runs on CUDA 12.8"),
-        ("13.0", None, "is a build without CUDA"),
+        ("13.0", None, "has no CUDA; install a CUDA build"),
         # The runtime fits, the library is missing.
         ("12.4", "12.8", "do not load under torch"),
     ],
@@ -80,3 +80,20 @@ def test_a_cuda_runtime_of_another_version_is_named(monkeypatch, tmp_path, built
     monkeypatch.setattr(ops, "BUILD", {"cuda_version": built, "cuda_why_not": ""})
     monkeypatch.setattr(torch.version, "cuda", running)
     assert reason in ops._load_cuda()
+
+
+@pytest.mark.parametrize(("running", "cure"), [("13.0", "reinstall"), (None, "install a CUDA build of torch")])
+def test_kernels_that_were_not_built_are_named_with_the_cure(monkeypatch, running, cure):
+    monkeypatch.setattr(ops, "LOADED", True)
+    monkeypatch.setattr(ops, "BUILD", {"cuda_version": "", "cuda_why_not": "it was built with USE_CUDA=0"})
+    monkeypatch.setattr(torch.version, "cuda", running)
+    assert f"without CUDA kernels (it was built with USE_CUDA=0); {cure}" in ops._load_cuda()
+
+
+def test_nobody_with_an_amd_gpu_is_told_to_install_cuda(monkeypatch):
+    monkeypatch.setattr(ops, "LOADED", True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    why_not = ops._load_cuda()
+    assert "a build for AMD's" in why_not
+    assert "install" not in why_not

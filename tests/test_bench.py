@@ -1,6 +1,7 @@
 """python -m bench: what it writes, what it counts, and what the demo accepts."""
 
 import csv
+import gc
 import io
 import json
 import math
@@ -387,6 +388,26 @@ def test_peak_memory_ignores_what_was_there_before():
 
     assert memory.peak_memory(pattern) == MIB
     assert memory.peak_memory(lambda: None) == 0
+
+
+def cyclic_garbage(size):
+    """``size`` bytes that only the garbage collector frees."""
+    held = [torch.empty(size, dtype=torch.uint8)]
+    held.append(held)
+
+
+def test_memory_does_not_depend_on_the_garbage_collector():
+    assert memory.peak_memory(lambda: cyclic_garbage(8 * MIB)) == 8 * MIB
+    # What is left from before, and was counted there, is not taken off.
+    assert memory.kept_memory(lambda: (gc.collect(), torch.empty(MIB, dtype=torch.uint8))) == MIB
+
+    def pattern():
+        cyclic_garbage(MIB)
+        objects = [[] for _ in range(100_000)]  # the collector would run
+        return objects, torch.empty(MIB, dtype=torch.uint8)
+
+    assert memory.peak_memory(pattern) == 2 * MIB
+    assert gc.isenabled()
 
 
 def losses(*, first=0.0, later=0.0, steps=40):

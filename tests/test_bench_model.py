@@ -1,6 +1,7 @@
 """python -m bench model and memory: training steps of whole models."""
 
 import csv
+import gc
 import json
 
 import pytest
@@ -67,11 +68,20 @@ def test_memory_of_both_models_in_every_variant_and_batch(small_models, tmp_path
     assert [int(line["peak_bytes"]) for line in lines] == [row["peak_bytes"] for row in content["rows"]]
 
 
-def test_memory_is_the_same_in_every_run(small_models, tmp_path):
-    for name in ("first", "second"):
+def test_memory_is_the_same_whenever_garbage_is_collected(small_models, tmp_path, monkeypatch):
+    def rows(name):
         assert main(["memory", *SMALL, "--model", "mobilenet_v2", "--out", str(tmp_path / name)]) == 0
-    first, second = (json.loads((tmp_path / name / "memory.json").read_text())["rows"] for name in ("first", "second"))
-    assert first == second
+        return json.loads((tmp_path / name / "memory.json").read_text())["rows"]
+
+    first = rows("first")
+    # The worst moment: what `convert` left, and with it a trained model, goes while the next one is measured.
+    forward = model.Training.forward
+    monkeypatch.setattr(model.Training, "forward", lambda training: (gc.collect(), forward(training))[1])
+    gc.disable()
+    try:
+        assert rows("second") == first
+    finally:
+        gc.enable()
 
 
 def test_memory_resumes_what_is_missing(small_models, tmp_path, monkeypatch):

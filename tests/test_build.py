@@ -54,9 +54,19 @@ def test_a_missing_torch_is_named_before_pip_fetches_one_for_the_run(tmp_path):
     assert run_setup("egg_info", "--egg-base", str(tmp_path), **options).returncode == 0
     result = run_setup("dist_info", "--output-dir", str(tmp_path), **options)
     assert result.returncode != 0
-    assert "normfused is not built: No module named 'torch' (torch >= 2.10, setuptools, ninja have" in result.stderr
+    assert "normfused is not built: No module named 'torch' (torch >= 2.10, setuptools >= 77, ninja " in result.stderr
     pure = run_setup("dist_info", "--output-dir", str(tmp_path), **options | {"CXX": "none"})
     assert pure.returncode == 0, pure.stderr
+
+
+@pytest.mark.parametrize("compiler", ["c++", "none"])
+def test_an_old_setuptools_is_named_instead_of_its_own_pages_of_errors(tmp_path, compiler):
+    # As a new environment of Python 3.10 or 3.11 has it: 65.5.
+    (tmp_path / "sitecustomize.py").write_text("import setuptools; setuptools.__version__ = '65.5.0'\n")
+    result = run_setup("dist_info", "--output-dir", str(tmp_path), CXX=compiler, PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert result.stderr.startswith("normfused is not built: setuptools 65.5.0 ")
+    assert "setuptools >= 77" in result.stderr
 
 
 def test_the_output_of_a_build_is_short(tmp_path):

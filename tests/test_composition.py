@@ -250,7 +250,7 @@ def test_autocast_around_a_network(backend, training, autocast_dtype):
         assert difference <= 16 * torch.finfo(autocast_dtype).eps
 
 
-@pytest.mark.parametrize(("training", "tracks"), itertools.product((True, False), repeat=2))
+@pytest.mark.parametrize(("training", "tracks"), list(itertools.product((True, False), repeat=2)))
 def test_functions_of_none(backend, training, tracks):
     """Every combination of None that has a meaning, against native."""
     for weight, bias, residual in itertools.product(

@@ -83,7 +83,7 @@ def test_under_a_torch_without_cuda_it_imports_and_says_what_is_missing(package,
     assert info["extension"]["built"]
     assert error < 1e-5
     assert info["cuda"]["built"]
-    assert "a build without CUDA" in info["cuda"]["why_not"]
+    assert "has no CUDA; install a CUDA build" in info["cuda"]["why_not"]
 
 
 @pytest.mark.parametrize("name", ["_cpu", "_cuda"])
