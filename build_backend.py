@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 
+import setuptools
 from setuptools.build_meta import *  # noqa: F403
 
 
@@ -18,6 +20,15 @@ def why_pure_python():
     if shutil.which(probe[0]) and subprocess.run(probe, input=b"", capture_output=True).returncode == 0:
         return None
     return f"{compiler} is missing or cannot compile <vector> and <Python.h> (Debian: apt-get install g++ python3-dev)"
+
+
+def check_requirements(compiles):
+    """Raise RuntimeError or ModuleNotFoundError for what the build would miss later, or in more words."""
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        raise RuntimeError(f"setuptools {setuptools.__version__} does not read pyproject.toml's license")
+    # Before pip has fetched torch for the run.
+    if compiles and "dist_info" in sys.argv and not find_spec("torch"):
+        raise ModuleNotFoundError("No module named 'torch'")
 
 
 def get_requires_for_build_wheel(config_settings=None):

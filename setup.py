@@ -5,13 +5,11 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools import __version__ as setuptools_version
 
-from build_backend import why_pure_python
+from build_backend import check_requirements, why_pure_python
 
 # -fno-trapping-math lets comparisons become blends; -g0 takes back Python's own -g: smaller, compiled sooner.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
@@ -53,14 +51,14 @@ def core():
     from torch.utils import cpp_extension as tools
 
     arch_flags, cuda = cuda_target(torch, tools)
-    devices = {"cpu": {"extra_compile_args": FLAGS}}
+    devices = {"cpu": (cpu := {"extra_compile_args": FLAGS})}
     if not cuda["why_not"]:
         flags = {"cxx": FLAGS, "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden", *arch_flags]}
         devices["cuda"] = {"extra_compile_args": flags, "library_dirs": cuda_library_dirs(tools)}
         devices["cuda"]["libraries"] = ["torch_cuda", "cudart_static", "rt", "dl"]
     macros = [(f"NORMFUSED_CUDA_{name.upper()}", json.dumps(value)) for name, value in cuda.items()]
-    modules = [Extension("normfused._C", ["csrc/module.cpp"], tools.include_paths(), macros, extra_compile_args=FLAGS)]
-    modules.append(tools.CppExtension("normfused._autograd", ["csrc/autograd.cpp"], extra_compile_args=FLAGS))
+    modules = [Extension("normfused._C", ["csrc/module.cpp"], tools.include_paths(), macros, **cpu)]
+    modules.append(tools.CppExtension("normfused._autograd", ["csrc/autograd.cpp"], **cpu))
     # LibTorch's stable ABI: these run on every torch from 2.10 on; without Python's symbols, torch alone can load them.
     stable = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("TORCH_STABLE_ONLY", None)]
     common = {"define_macros": stable, "extra_link_args": ["-Wl,--no-as-needed"], "py_limited_api": True}
@@ -75,11 +73,7 @@ sys.argv.insert(1, "--quiet")  # so that what fails is not below a hundred lines
 if (reason := why_pure_python()) and BUILDS:
     print(f"normfused: installing without the C++ core, PyTorch's own operators serve instead: {reason}")
 try:
-    if int(setuptools_version.split(".")[0]) < 77:
-        raise RuntimeError(f"setuptools {setuptools_version} does not read pyproject.toml's license")
-    if "dist_info" in sys.argv and not reason and not find_spec("torch"):
-        raise ModuleNotFoundError("No module named 'torch'")  # before pip has fetched it for the run
+    check_requirements(compiles=not reason)
     setup(**(core() if BUILDS and not reason else {}))
 except (ModuleNotFoundError, RuntimeError) as error:
-    needs = "torch >= 2.10, setuptools >= 77, ninja have to be there"
-    raise SystemExit(f"normfused is not built: {error} ({needs})") from None
+    raise SystemExit(f"normfused is not built: {error} (it needs torch >= 2.10, setuptools >= 77, ninja)") from None

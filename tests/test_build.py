@@ -54,7 +54,10 @@ def test_a_missing_torch_is_named_before_pip_fetches_one_for_the_run(tmp_path):
     assert run_setup("egg_info", "--egg-base", str(tmp_path), **options).returncode == 0
     result = run_setup("dist_info", "--output-dir", str(tmp_path), **options)
     assert result.returncode != 0
-    assert "normfused is not built: No module named 'torch' (torch >= 2.10, setuptools >= 77, ninja " in result.stderr
+    assert (
+        "normfused is not built: No module named 'torch' (it needs torch >= 2.10, setuptools >= 77, ninja "
+        in result.stderr
+    )
     pure = run_setup("dist_info", "--output-dir", str(tmp_path), **options | {"CXX": "none"})
     assert pure.returncode == 0, pure.stderr
 
