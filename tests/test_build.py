@@ -55,7 +55,7 @@ def test_a_missing_torch_is_named_before_pip_fetches_one_for_the_run(tmp_path):
     result = run_setup("dist_info", "--output-dir", str(tmp_path), **options)
     assert result.returncode != 0
     assert (
-        "normfused is not built: No module named 'torch' (it needs torch >= 2.10, setuptools >= 77, ninja "
+        "normfused is not built: No module named 'torch' (it needs torch >= 2.10, setuptools >= 77, ninja)"
         in result.stderr
     )
     pure = run_setup("dist_info", "--output-dir", str(tmp_path), **options | {"CXX": "none"})
