@@ -171,7 +171,8 @@ class BatchNormForwardDriver {
       const int64_t cols = minimum(partition_.panel, partition_.cols - begin);
       PanelParameters<A> panel;
       double mean[kPanel], m2[kPanel];
-      if (args_.training) functions_.group_moments(x_ + begin, partition_.rows, cols, group, partition_.cols, mean, m2);
+      if (args_.training)
+        functions_.group_moments(x_ + begin, partition_.rows, cols, group, partition_.cols, false, mean, m2);
       for (int64_t i = 0; i < cols; i += group) {
         const int64_t c = (begin + i) / group;
         if (args_.training) finish_statistics(c, mean[i / group], m2[i / group]);
@@ -188,7 +189,7 @@ class BatchNormForwardDriver {
         double* mean = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
           functions_.group_moments(x_ + partition_.first_row(task) * cols + c, partition_.row_count(task),
-                                   minimum(panel, cols - c), 1, cols, mean + c, mean + cols + c);
+                                   minimum(panel, cols - c), 1, cols, is_cold<T>(e_), mean + c, mean + cols + c);
         }
       });
       // Into the first task's columns, then into channels.
@@ -385,9 +386,9 @@ class BatchNormBackwardDriver {
     });
   }
 
-  void sum_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p, double* sum_dz,
+  void sum_columns(int64_t at, int64_t rows, int64_t cols, bool cold, const ColumnParameters<A>& p, double* sum_dz,
                    double* sum_dz_deviation) {
-    normfused::sum_columns(functions_, x_ + at, dy_ + at, residual(at), rows, cols, partition_.cols, p, sum_dz,
+    normfused::sum_columns(functions_, x_ + at, dy_ + at, residual(at), rows, cols, partition_.cols, cold, p, sum_dz,
                            sum_dz_deviation);
   }
 
@@ -407,7 +408,7 @@ class BatchNormBackwardDriver {
       for (int64_t i = 0; i < cols; i += group) p.set(i, i + group, 1, parameters((begin + i) / group));
       if (reduces_) {
         double sum_dz[kPanel], sum_dz_deviation[kPanel];
-        sum_columns(begin, partition_.rows, cols, p, sum_dz, sum_dz_deviation);
+        sum_columns(begin, partition_.rows, cols, false, p, sum_dz, sum_dz_deviation);
         for (int64_t i = 0; i < cols; i += group) {
           double total = sum_dz[i], total_deviation = sum_dz_deviation[i];
           if (group > 1) {
@@ -430,7 +431,7 @@ class BatchNormBackwardDriver {
         double* sums = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
           sum_columns(partition_.first_row(task) * cols + c, partition_.row_count(task), minimum(panel, cols - c),
-                      p.from(c), sums + c, sums + cols + c);
+                      is_cold<T>(e_), p.from(c), sums + c, sums + cols + c);
         }
       });
       double *sums = workspace_.partial, *deviations = sums + cols;
