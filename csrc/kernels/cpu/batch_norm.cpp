@@ -189,7 +189,7 @@ class BatchNormForwardDriver {
         double* mean = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
           functions_.group_moments(x_ + partition_.first_row(task) * cols + c, partition_.row_count(task),
-                                   minimum(panel, cols - c), 1, cols, is_cold<T>(e_), mean + c, mean + cols + c);
+                                   minimum(panel, cols - c), 1, cols, second_pass_.streams, mean + c, mean + cols + c);
         }
       });
       // Into the first task's columns, then into channels.
@@ -431,7 +431,7 @@ class BatchNormBackwardDriver {
         double* sums = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
           sum_columns(partition_.first_row(task) * cols + c, partition_.row_count(task), minimum(panel, cols - c),
-                      is_cold<T>(e_), p.from(c), sums + c, sums + cols + c);
+                      second_pass_.streams, p.from(c), sums + c, sums + cols + c);
         }
       });
       double *sums = workspace_.partial, *deviations = sums + cols;

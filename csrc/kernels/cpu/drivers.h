@@ -171,12 +171,6 @@ bool streams_output(const Extent& e, int64_t tensors) {
   return tensors * e.numel() * static_cast<int64_t>(sizeof(T)) > cpu::last_cache_bytes() / 3;
 }
 
-// Whether x comes from memory whenever it is read.
-template <class T>
-bool is_cold(const Extent& e) {
-  return e.numel() * static_cast<int64_t>(sizeof(T)) > cpu::last_cache_bytes();
-}
-
 // BatchNorm's: `tensors` are read, `all` read or written.
 template <class T>
 SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int64_t all) {

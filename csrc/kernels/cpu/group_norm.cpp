@@ -255,8 +255,8 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     const auto moments = [this](int64_t task) {
       double* mean = partial_ + task * 2 * e_.C;
       this->for_each_panel([&](int64_t c, int64_t cols) {
-        column_moments(x_ + this->offset_of(task) + c, this->row_count(task), cols, e_.C, is_cold<T>(e_), mean + c,
-                       mean + e_.C + c);
+        column_moments(x_ + this->offset_of(task) + c, this->row_count(task), cols, e_.C, second_pass_.streams,
+                       mean + c, mean + e_.C + c);
       });
     };
     const auto finish_sample = [this](int64_t n) {
@@ -488,8 +488,9 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       double* partial = partial_ + task * 2 * e_.C;
       this->for_each_panel([&](int64_t c, int64_t cols) {
         const int64_t at = this->offset_of(task) + c;
-        sum_columns<T>(this->functions_, x_ + at, dy_ + at, nullptr, this->row_count(task), cols, e_.C, is_cold<T>(e_),
-                       this->column_parameters(task / partition_.splits).from(c), partial + c, partial + e_.C + c);
+        sum_columns<T>(this->functions_, x_ + at, dy_ + at, nullptr, this->row_count(task), cols, e_.C,
+                       second_pass_.streams, this->column_parameters(task / partition_.splits).from(c), partial + c,
+                       partial + e_.C + c);
       });
     };
     const auto finish_sample = [this](int64_t n) {
