@@ -15,9 +15,9 @@ WelfordData plane_moments_of(const element_t<X>* stored, int64_t n, int64_t ahea
   return plane_moments(read_as<X>(stored), n, ahead);
 }
 template <class X>
-void group_moments_of(const element_t<X>* stored, int64_t rows, int64_t cols, int64_t group, int64_t stride,
+void group_moments_of(const element_t<X>* stored, int64_t rows, int64_t cols, int64_t group, int64_t stride, bool cold,
                       double* mean, double* m2) {
-  group_moments(read_as<X>(stored), rows, cols, group, stride, mean, m2);
+  group_moments(read_as<X>(stored), rows, cols, group, stride, cold, mean, m2);
 }
 
 // The loops that depend on the activations, for tensors of T: BatchNorm's with a residual and a pre_activation,
@@ -51,12 +51,12 @@ struct TileFunctions {
   Elementwise<ColumnParameters<A>> columns;
   void (*plane_sums)(const T* x, const T* dy, const T* residual, int64_t n, int64_t ahead, const PlaneParameters<A>&,
                      double& s, double& d);
-  void (*column_sums)(const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols, int64_t stride,
+  void (*column_sums)(const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols, int64_t stride, bool cold,
                       const ColumnParameters<A>&, A* s, A* d);
 
   // BatchNorm's moments of x.
   WelfordData (*plane_moments)(const T* x, int64_t n, int64_t ahead);
-  void (*group_moments)(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, double* mean,
+  void (*group_moments)(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, bool cold, double* mean,
                         double* m2);
 
   TileFunctions(Activation activation, bool residual, Activation pre_activation = Activation::identity) {
@@ -108,7 +108,8 @@ void sum_plane(const Functions& functions, const T* x, const T* dy, const T* res
 // The same over rows for each of cols <= kPanel columns.
 template <class T, class Functions>
 void sum_columns(const Functions& functions, const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols,
-                 int64_t stride, const ColumnParameters<arithmetic_t<T>>& p, double* sum_dz, double* sum_dz_deviation) {
+                 int64_t stride, bool cold, const ColumnParameters<arithmetic_t<T>>& p, double* sum_dz,
+                 double* sum_dz_deviation) {
   using A = arithmetic_t<T>;
   alignas(64) A s[kPanel], d[kPanel];
   for (int64_t c = 0; c < cols; ++c) sum_dz[c] = sum_dz_deviation[c] = 0;
@@ -116,7 +117,7 @@ void sum_columns(const Functions& functions, const T* x, const T* dy, const T* r
     const int64_t at = r * stride;
     for (int64_t c = 0; c < cols; ++c) s[c] = d[c] = 0;
     functions.column_sums(x + at, dy + at, residual ? residual + at : nullptr, minimum(kRowBlock, rows - r), cols,
-                          stride, p, s, d);
+                          stride, cold, p, s, d);
     for (int64_t c = 0; c < cols; ++c) {
       sum_dz[c] += s[c];
       sum_dz_deviation[c] += d[c];

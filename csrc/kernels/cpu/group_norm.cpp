@@ -255,7 +255,8 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     const auto moments = [this](int64_t task) {
       double* mean = partial_ + task * 2 * e_.C;
       this->for_each_panel([&](int64_t c, int64_t cols) {
-        column_moments(x_ + this->offset_of(task) + c, this->row_count(task), cols, e_.C, mean + c, mean + e_.C + c);
+        column_moments(x_ + this->offset_of(task) + c, this->row_count(task), cols, e_.C, second_pass_.streams,
+                       mean + c, mean + e_.C + c);
       });
     };
     const auto finish_sample = [this](int64_t n) {
@@ -430,7 +431,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       this->for_each_stretch(begin, end, parameters, [&](int64_t first, int64_t channels, const auto& p) {
         const int64_t at = (n * e_.C + first) * e_.S, cols = channels * e_.S;
         double dz[kPanel], deviation[kPanel];
-        sum_columns<T>(this->functions_, x_ + at, dy_ + at, nullptr, 1, cols, cols, p, dz, deviation);
+        sum_columns<T>(this->functions_, x_ + at, dy_ + at, nullptr, 1, cols, cols, false, p, dz, deviation);
         for (int64_t i = 0; i < channels; ++i) {
           double total = 0, total_deviation = 0;
           for (int64_t j = i * e_.S; j < (i + 1) * e_.S; ++j) {
@@ -488,7 +489,8 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       this->for_each_panel([&](int64_t c, int64_t cols) {
         const int64_t at = this->offset_of(task) + c;
         sum_columns<T>(this->functions_, x_ + at, dy_ + at, nullptr, this->row_count(task), cols, e_.C,
-                       this->column_parameters(task / partition_.splits).from(c), partial + c, partial + e_.C + c);
+                       second_pass_.streams, this->column_parameters(task / partition_.splits).from(c), partial + c,
+                       partial + e_.C + c);
       });
     };
     const auto finish_sample = [this](int64_t n) {

@@ -171,11 +171,14 @@ NORMFUSED_INLINE void add_rows(const T* x, int64_t cols, int64_t stride, int64_t
   });
 }
 
+// `cold`: in memory, and so read row by row. Several at once save loads of the sums, but are more streams than the
+// processor follows.
 template <class T, class A>
-void add_shifted_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, const A* shift, A* s1, A* s2) {
+void add_shifted_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, bool cold, const A* shift, A* s1,
+                         A* s2) {
   const int64_t ahead = ahead_in_rows<T>(stride, 8);
   int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) add_rows<8>(x + r * stride, cols, stride, ahead, shift, s1, s2);
+  for (; !cold && r + 8 <= rows; r += 8) add_rows<8>(x + r * stride, cols, stride, ahead, shift, s1, s2);
   for (; r < rows; ++r) add_rows<1>(x + r * stride, cols, stride, ahead, shift, s1, s2);
 }
 
@@ -257,17 +260,17 @@ NORMFUSED_INLINE void add_gradient_rows(const X* x, const element_t<X>* dy, cons
   });
 }
 
-// The same for each of cols columns over rows, added to s and d.
+// The same for each of cols columns over rows, added to s and d; `cold` as for add_shifted_moments.
 template <class Act, bool kResidual, class X>
 void column_gradient_moments(const element_t<X>* __restrict stored, const element_t<X>* __restrict dy,
                              const element_t<X>* __restrict residual, int64_t rows, int64_t cols, int64_t stride,
-                             const ColumnParameters<arithmetic_t<X>>& p, arithmetic_t<X>* __restrict s,
+                             bool cold, const ColumnParameters<arithmetic_t<X>>& p, arithmetic_t<X>* __restrict s,
                              arithmetic_t<X>* __restrict d) {
   constexpr int kRows = kSharedRows<Act, kResidual, X>;
   const X* x = read_as<X>(stored);
   const int64_t ahead = ahead_in_rows<X>(stride);
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
+  for (; !cold && r + kRows <= rows; r += kRows) {
     const int64_t at = r * stride;
     add_gradient_rows<Act, kResidual, kRows>(x + at, dy + at, residual + (kResidual ? at : 0), cols, stride, ahead, p,
                                              s, d);
