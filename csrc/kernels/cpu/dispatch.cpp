@@ -6,6 +6,8 @@
 
 #if defined(__linux__)
 #include <unistd.h>
+
+#include <cstdio>
 #endif
 
 namespace normfused::cpu {
@@ -69,8 +71,17 @@ const Kernels* best() {
 
 int64_t find_last_cache_bytes() {
   int64_t bytes = 0;
+#if defined(__linux__)
+  // What a core can reach. The C library's number may be that of a whole socket of such caches.
+  if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    long long size = 0;
+    char unit = 0;
+    if (std::fscanf(file, "%lld%c", &size, &unit) == 2 && unit == 'K') bytes = int64_t{size} << 10;
+    std::fclose(file);
+  }
+#endif
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-  bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (bytes <= 0) bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
   return bytes > 0 ? bytes : int64_t{32} << 20;
 }

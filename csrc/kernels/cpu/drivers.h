@@ -164,11 +164,13 @@ int64_t ahead_in_second_pass(int64_t tensors, int64_t task_elements, int64_t nex
   return 2 * tensors * task_elements * static_cast<int64_t>(sizeof(T)) <= kPipelinedBytes ? next_task : within;
 }
 
-// What a call touches beyond a third of the last cache would not stay there for whoever reads the output. `tensors` are
-// read or written.
+// What a call touches beyond a third of the last cache would not stay there for whoever reads the output; `by_rows`,
+// in short strips of whole rows, streaming costs more and pays where next to nothing would stay. `tensors` are read or
+// written. (Both limits are measured.)
 template <class T>
-bool streams_output(const Extent& e, int64_t tensors) {
-  return tensors * e.numel() * static_cast<int64_t>(sizeof(T)) > cpu::last_cache_bytes() / 3;
+bool streams_output(const Extent& e, int64_t tensors, bool by_rows) {
+  const int64_t cache = cpu::last_cache_bytes();
+  return tensors * e.numel() * static_cast<int64_t>(sizeof(T)) > (by_rows ? 3 * cache : cache / 3);
 }
 
 // BatchNorm's: `tensors` are read, `all` read or written.
@@ -177,7 +179,7 @@ SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int
   const auto ahead = [&](int64_t task_elements, int64_t next_task, int64_t within) {
     return ahead_in_second_pass<T>(tensors, task_elements, next_task, within);
   };
-  const bool streams = streams_output<T>(e, all);
+  const bool streams = streams_output<T>(e, all, p.path == Partition::Path::split_columns);
   switch (p.path) {
     case Partition::Path::planes: {
       // Planes are gone through from the last to the first.
@@ -194,7 +196,7 @@ SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int
 // GroupNorm's; contiguous, its groups are one long stretch.
 template <class T>
 SecondPass second_pass(const GroupPartition& p, const Extent& e, int64_t tensors) {
-  return {p.channels_last ? ahead_in_rows<T>(e.C) : 0, streams_output<T>(e, tensors)};
+  return {p.channels_last ? ahead_in_rows<T>(e.C) : 0, streams_output<T>(e, tensors, p.channels_last)};
 }
 
 // f(destination) writes n <= kTile elements: those of `to`, or memory in L1 that is then streamed to it.
