@@ -164,13 +164,14 @@ int64_t ahead_in_second_pass(int64_t tensors, int64_t task_elements, int64_t nex
   return 2 * tensors * task_elements * static_cast<int64_t>(sizeof(T)) <= kPipelinedBytes ? next_task : within;
 }
 
-// What a call touches beyond a third of the last cache would not stay there for whoever reads the output; `by_rows`,
-// in short strips of whole rows, streaming costs more and pays where next to nothing would stay. `tensors` are read or
-// written. (Both limits are measured.)
+// What a call touches beyond a third of the last cache would not stay there for whoever reads the output. Streaming
+// costs more in short pieces, whose first and last lines are not streamed, and in strips of whole rows; there it pays
+// where next to nothing would stay. `tensors` are read or written. (All limits are measured.)
+constexpr int64_t kShortPieceBytes = 2048;
 template <class T>
-bool streams_output(const Extent& e, int64_t tensors, bool by_rows) {
+bool streams_output(const Extent& e, int64_t tensors, bool in_pieces) {
   const int64_t cache = cpu::last_cache_bytes();
-  return tensors * e.numel() * static_cast<int64_t>(sizeof(T)) > (by_rows ? 3 * cache : cache / 3);
+  return tensors * e.numel() * static_cast<int64_t>(sizeof(T)) > (in_pieces ? 3 * cache : cache / 3);
 }
 
 // BatchNorm's: `tensors` are read, `all` read or written.
@@ -179,7 +180,8 @@ SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int
   const auto ahead = [&](int64_t task_elements, int64_t next_task, int64_t within) {
     return ahead_in_second_pass<T>(tensors, task_elements, next_task, within);
   };
-  const bool streams = streams_output<T>(e, all, p.path == Partition::Path::split_columns);
+  const bool short_planes = e.S * static_cast<int64_t>(sizeof(T)) <= kShortPieceBytes;
+  const bool streams = streams_output<T>(e, all, short_planes || p.path == Partition::Path::split_columns);
   switch (p.path) {
     case Partition::Path::planes: {
       // Planes are gone through from the last to the first.

@@ -114,7 +114,7 @@ class GroupNormDriver {
     for (int64_t first = begin; first < end; first += most) {
       const int64_t channels = minimum(most, end - first);
       for (int64_t i = 0; i < channels; ++i) {
-        panel.columns().set(i * e_.S, (i + 1) * e_.S, 1, parameters(first + i));
+        panel.columns().fill(i * e_.S, e_.S, parameters(first + i));
       }
       f(first, channels, panel.columns());
     }

@@ -25,19 +25,19 @@ WelfordData exact_moments(const T* x, int64_t n, int64_t stride) {
   return {static_cast<double>(n), mean, m2};
 }
 
-// Rows that are averaged into the shift of a block of rows, and vectors into that of a tile.
-constexpr int64_t kSampledRows = 16, kSampledVectors = 8;
+// Of a block of rows, one in so many is averaged into its shift; of a tile, so many vectors.
+constexpr int64_t kSampledRows = 8, kSampledVectors = 8;
 
 // The average of some of the rows.
 template <class T, class A>
 void sample_rows(const T* x, int64_t rows, int64_t cols, int64_t stride, A* average) {
-  const int64_t sampled = minimum(rows, kSampledRows), step = rows / sampled * stride;
+  const int64_t sampled = divide_up(rows, kSampledRows), step = rows / sampled * stride;
   const A per_row = A(1) / sampled;
   for (int64_t c = 0; c < cols; ++c) average[c] = 0;
   for (int64_t r = 0; r < sampled; ++r, x += step) {
-    for_each_vector<A>(cols, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
+    for_each_vector<A>(cols, [=](int64_t c, auto lanes, auto count) __attribute__((always_inline)) {
       using V = decltype(lanes);
-      store(average + c, load<V>(average + c) + load<V>(x + c) * constant<V>(per_row));
+      store(average + c, load<V>(average + c) + count(load<V>(x + c) * constant<V>(per_row)));
     });
   }
 }

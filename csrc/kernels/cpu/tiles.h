@@ -63,6 +63,19 @@ struct ColumnParameters {
   void set(int64_t begin, int64_t end, int64_t step, const PlaneParameters<A>& p) const {
     for (int64_t c = begin; c < end; c += step) set(c, p);
   }
+  // Sets those of n adjacent columns.
+  void fill(int64_t begin, int64_t n, const PlaneParameters<A>& p) const {
+    const ColumnParameters to = from(begin);
+    for_each_vector_overlapping<A>(n, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
+      using V = decltype(lanes);
+      store(to.mean + c, constant<V>(p.mean));
+      store(to.scale + c, constant<V>(p.scale));
+      store(to.bias + c, constant<V>(p.bias));
+      store(to.outer + c, constant<V>(p.outer));
+      store(to.offset + c, constant<V>(p.offset));
+      store(to.slope + c, constant<V>(p.slope));
+    });
+  }
   // Sets those of columns [0, cols), of which each channel has `group`, from the channels' own, of(0) and so on.
   template <class F>
   void set_groups(int64_t cols, int64_t group, F of) const {
@@ -70,7 +83,7 @@ struct ColumnParameters {
       // What a compiler makes of a loop over one column takes longer than the column.
       for (int64_t c = 0; c < cols; ++c) set(c, of(c));
     } else {
-      for (int64_t c = 0; c * group < cols; ++c) set(c * group, (c + 1) * group, 1, of(c));
+      for (int64_t c = 0; c * group < cols; ++c) fill(c * group, group, of(c));
     }
   }
 };
@@ -139,7 +152,15 @@ NORMFUSED_INLINE void accumulate(int64_t n, double (&sums)[kSums], F add) {
   }
   for (; i + kLane <= n; i += kLane) add(i, total);
   A rest[kSums] = {};
-  for (; i < n; ++i) add(i, rest);
+  if (i < n && n >= kLane) {
+    const LastLanes<A> count(n - i);
+    V last[kSums];
+    for (V& v : last) v = V{};
+    add(n - kLane, last);
+    for (int j = 0; j < kSums; ++j) total[j] += count(last[j]);
+  } else {
+    for (; i < n; ++i) add(i, rest);
+  }
   for (int j = 0; j < kSums; ++j) sums[j] += static_cast<double>(sum_of_lanes<A, kLanes<A>>(total[j])) + rest[j];
 }
 
@@ -156,18 +177,18 @@ inline double sum(const T* x, int64_t n) {
 // Adds rows of deviations from shift, and of their squares, to s1 and s2 (arrays of cols).
 template <int kRows, class T, class A>
 NORMFUSED_INLINE void add_rows(const T* x, int64_t cols, int64_t stride, int64_t ahead, const A* shift, A* s1, A* s2) {
-  for_each_vector<A>(cols, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
+  for_each_vector<A>(cols, [=](int64_t c, auto lanes, auto count) __attribute__((always_inline)) {
     using V = decltype(lanes);
     const V from = load<V>(shift + c);
-    V a = load<V>(s1 + c), b = load<V>(s2 + c);
+    V a{}, b{};
     for (int i = 0; i < kRows; ++i) {
       prefetch(x, i * stride + c + ahead);
       const V d = load<V>(x + i * stride + c) - from;
       a += d;
       b += d * d;
     }
-    store(s1 + c, a);
-    store(s2 + c, b);
+    store(s1 + c, load<V>(s1 + c) + count(a));
+    store(s2 + c, load<V>(s2 + c) + count(b));
   });
 }
 
@@ -243,10 +264,10 @@ template <class Act, bool kResidual, int kRows, class X>
 NORMFUSED_INLINE void add_gradient_rows(const X* x, const element_t<X>* dy, const element_t<X>* residual, int64_t cols,
                                         int64_t stride, int64_t ahead, const ColumnParameters<arithmetic_t<X>>& p,
                                         arithmetic_t<X>* s, arithmetic_t<X>* d) {
-  for_each_vector<arithmetic_t<X>>(cols, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
+  for_each_vector<arithmetic_t<X>>(cols, [=](int64_t c, auto lanes, auto count) __attribute__((always_inline)) {
     using V = decltype(lanes);
     const PlaneParameters<V> q = p.template at<V>(c);
-    V a = load<V>(s + c), b = load<V>(d + c);
+    V a{}, b{};
     for (int k = 0; k < kRows; ++k) {
       const int64_t i = k * stride + c;
       prefetch(x, i + ahead);
@@ -255,8 +276,8 @@ NORMFUSED_INLINE void add_gradient_rows(const X* x, const element_t<X>* dy, cons
       a += g;
       b += g * (load<V>(x + i) - q.mean);
     }
-    store(s + c, a);
-    store(d + c, b);
+    store(s + c, load<V>(s + c) + count(a));
+    store(d + c, load<V>(d + c) + count(b));
   });
 }
 

@@ -1,5 +1,5 @@
-// Vectors as wide as the instruction set that is compiled for. Loops over n elements run on whole vectors, and on
-// single values at the end.
+// Vectors as wide as the instruction set that is compiled for. Loops over n elements run on whole vectors, the last of
+// which overlaps the one before it where n is not a multiple, and on single values where not even one is filled.
 #pragma once
 
 #include <cstdint>
@@ -88,15 +88,42 @@ using lane_type = typename Plain<T>::type;
 template <class A>
 constexpr int kLanes = Lanes<Vector<A>>::kCount;
 
-// f(first element, V{}) over n elements, where V is a vector or A.
+// Which of a vector's lanes a loop counts: all of them, or the last ones where it overlaps the vector before it. Called
+// with a vector, it makes the others 0.
+struct AllLanes {
+  template <class V>
+  NORMFUSED_INLINE V operator()(V v) const {
+    return v;
+  }
+};
+template <class A>
+class LastLanes {
+  using V = Vector<A>;
+  using Int = typename Lanes<V>::integer;
+
+ public:
+  NORMFUSED_INLINE explicit LastLanes(int64_t n) {
+    Int lane;
+    for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+    counted_ = lane >= static_cast<typename Lanes<A>::integer>(kLanes<A> - n) - Int{};
+  }
+  NORMFUSED_INLINE V operator()(V v) const { return counted_ ? v : V{}; }
+
+ private:
+  Int counted_;
+};
+
+// f(first element, V{}, lanes to count) over n elements, where V is a vector or A.
 template <class A, class F>
 NORMFUSED_INLINE void for_each_vector(int64_t n, F f) {
   int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, Vector<A>{});
-  for (; i < n; ++i) f(i, A{});
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, Vector<A>{}, AllLanes{});
+  if (i == n) return;
+  if (i > 0) return f(n - kLanes<A>, Vector<A>{}, LastLanes<A>(n - i));
+  for (; i < n; ++i) f(i, A{}, AllLanes{});
 }
 
-// The same where it does no harm to see elements twice: the last vector overlaps the one before it.
+// f(first element, V{}), where it does no harm to see elements twice.
 template <class A, class F>
 NORMFUSED_INLINE void for_each_vector_overlapping(int64_t n, F f) {
   int64_t i = 0;
