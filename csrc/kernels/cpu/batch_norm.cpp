@@ -106,18 +106,24 @@ class BatchNormForwardDriver {
 
   void apply_plane(int64_t c, int64_t at, int64_t n) {
     const PlaneParameters<A> p = plane_parameters(c);
-    for (int64_t i = at; i < at + n; i += kTile) {
-      const int64_t count = minimum(kTile, at + n - i);
+    second_pass_.template for_each_tile<T>(n, [&](int64_t i, int64_t count, int64_t ahead) {
+      i += at;
       write(y_ + i, count, second_pass_.streams, [&](T* y) {
-        functions_.plane.apply(x_ + i, residual_ ? residual_ + i : nullptr, y, 1, count, count, second_pass_.ahead, p);
+        functions_.plane.apply(x_ + i, residual_ ? residual_ + i : nullptr, y, 1, count, count, ahead, p);
       });
-    }
+    });
+  }
+
+  // From the plane of sample n to the one that is summed next, of the same channel or the first of the next one.
+  int64_t next_plane(int64_t n) const {
+    return second_pass_.ahead == 0 ? 0 : n + 1 < e_.N ? e_.C * e_.S : e_.S - n * e_.C * e_.S;
   }
 
   WelfordData channel_moments(int64_t c) const {
-    const int64_t ahead = ahead_in_planes<T>(e_);
-    WelfordData data = functions_.plane_moments(x_ + c * e_.S, e_.S, ahead);
-    for (int64_t n = 1; n < e_.N; ++n) data.combine(functions_.plane_moments(x_ + (n * e_.C + c) * e_.S, e_.S, ahead));
+    WelfordData data = functions_.plane_moments(x_ + c * e_.S, e_.S, next_plane(0));
+    for (int64_t n = 1; n < e_.N; ++n) {
+      data.combine(functions_.plane_moments(x_ + (n * e_.C + c) * e_.S, e_.S, next_plane(n)));
+    }
     return data;
   }
 
@@ -142,8 +148,8 @@ class BatchNormForwardDriver {
     if (args_.training) {
       for_each(partition_.tasks, [&](int64_t task) {
         const int64_t plane = task / segments, s = task % segments;
-        partial[task] =
-            functions_.plane_moments(x_ + plane * e_.S + s * kSegment, segment_size(s), ahead_in_planes<T>(e_));
+        partial[task] = functions_.plane_moments(x_ + plane * e_.S + s * kSegment, segment_size(s),
+                                                second_pass_.ahead ? segment_size(s) : 0);
       });
       for (int64_t c = 0; c < e_.C; ++c) {
         WelfordData data;
@@ -302,18 +308,18 @@ class BatchNormBackwardDriver {
 
   const T* residual(int64_t at) const { return residual_ ? residual_ + at : nullptr; }
 
-  void sum_plane(int64_t c, int64_t at, int64_t n, double& sum_dz, double& sum_dz_deviation) {
-    normfused::sum_plane(functions_, x_ + at, dy_ + at, residual(at), n, ahead_in_planes<T>(e_), parameters(c), sum_dz,
-                         sum_dz_deviation);
+  void sum_plane(int64_t c, int64_t at, int64_t n, int64_t next, double& sum_dz, double& sum_dz_deviation) {
+    normfused::sum_plane(functions_, x_ + at, dy_ + at, residual(at), n, next, parameters(c), sum_dz, sum_dz_deviation);
   }
 
   // dx and dresidual of rows x cols elements from `at` on: adjacent ones where they are streamed.
   template <class Functions, class P>
-  void apply(const Functions& functions, int64_t at, int64_t rows, int64_t cols, int64_t stride, const P& p) {
+  void apply(const Functions& functions, int64_t at, int64_t rows, int64_t cols, int64_t stride, int64_t ahead,
+             const P& p) {
     if (dx_) {
       const auto backward = args_.training ? functions.backward : functions.backward_frozen;
       write(dx_ + at, rows * cols, second_pass_.streams,
-            [&](T* dx) { backward(x_ + at, dy_ + at, residual(at), dx, rows, cols, stride, second_pass_.ahead, p); });
+            [&](T* dx) { backward(x_ + at, dy_ + at, residual(at), dx, rows, cols, stride, ahead, p); });
     }
     if (dresidual_) {
       write(dresidual_ + at, rows * cols, second_pass_.streams, [&](T* dresidual) {
@@ -323,10 +329,14 @@ class BatchNormBackwardDriver {
   }
 
   void apply_plane(int64_t at, int64_t n, const PlaneParameters<A>& p) {
-    for (int64_t i = 0; i < n; i += kTile) {
-      const int64_t count = minimum(kTile, n - i);
-      apply(functions_.plane, at + i, 1, count, count, p);
-    }
+    second_pass_.template for_each_tile<T>(n, [&](int64_t i, int64_t count, int64_t ahead) {
+      apply(functions_.plane, at + i, 1, count, count, ahead, p);
+    });
+  }
+
+  // From the plane of sample n to the one that is summed next, of the same channel or the first of the next one.
+  int64_t next_plane(int64_t n) const {
+    return second_pass_.ahead == 0 ? 0 : n + 1 < e_.N ? e_.C * e_.S : e_.S - n * e_.C * e_.S;
   }
 
   // Of all samples.
@@ -334,7 +344,7 @@ class BatchNormBackwardDriver {
     sum_dz = sum_dz_deviation = 0;
     for (int64_t n = 0; n < e_.N; ++n) {
       double s, d;
-      sum_plane(c, (n * e_.C + c) * e_.S, e_.S, s, d);
+      sum_plane(c, (n * e_.C + c) * e_.S, e_.S, next_plane(n), s, d);
       sum_dz += s;
       sum_dz_deviation += d;
     }
@@ -365,7 +375,8 @@ class BatchNormBackwardDriver {
     if (reduces_) {
       for_each(partition_.tasks, [&](int64_t task) {
         const int64_t plane = task / segments, s = task % segments;
-        sum_plane(plane % e_.C, plane * e_.S + s * kSegment, segment_size(s), partial[2 * task], partial[2 * task + 1]);
+        sum_plane(plane % e_.C, plane * e_.S + s * kSegment, segment_size(s), second_pass_.ahead ? segment_size(s) : 0,
+                  partial[2 * task], partial[2 * task + 1]);
       });
     }
     for (int64_t c = 0; c < e_.C; ++c) {
@@ -399,7 +410,7 @@ class BatchNormBackwardDriver {
   void apply_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p) {
     const int64_t stride = partition_.cols;
     for_each_strip(rows, second_pass_.strip(cols, stride), [&](int64_t row, int64_t count) {
-      apply(functions_.columns, at + row * stride, count, cols, stride, p);
+      apply(functions_.columns, at + row * stride, count, cols, stride, second_pass_.ahead, p);
     });
   }
 

@@ -11,8 +11,8 @@ namespace {
 
 // Moments of a plane, and of channels that are some columns each, of what is read as X.
 template <class X>
-WelfordData plane_moments_of(const element_t<X>* stored, int64_t n, int64_t ahead) {
-  return plane_moments(read_as<X>(stored), n, ahead);
+WelfordData plane_moments_of(const element_t<X>* stored, int64_t n, int64_t next) {
+  return plane_moments(read_as<X>(stored), n, next);
 }
 template <class X>
 void group_moments_of(const element_t<X>* stored, int64_t rows, int64_t cols, int64_t group, int64_t stride, bool cold,
@@ -55,7 +55,7 @@ struct TileFunctions {
                       const ColumnParameters<A>&, A* s, A* d);
 
   // BatchNorm's moments of x.
-  WelfordData (*plane_moments)(const T* x, int64_t n, int64_t ahead);
+  WelfordData (*plane_moments)(const T* x, int64_t n, int64_t next);
   void (*group_moments)(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, bool cold, double* mean,
                         double* m2);
 
@@ -96,13 +96,12 @@ struct TileFunctions {
 
 // Sums over n adjacent elements of one channel of dz and dz (x - mean).
 template <class T, class Functions>
-void sum_plane(const Functions& functions, const T* x, const T* dy, const T* residual, int64_t n, int64_t ahead,
+void sum_plane(const Functions& functions, const T* x, const T* dy, const T* residual, int64_t n, int64_t next,
                const PlaneParameters<arithmetic_t<T>>& p, double& sum_dz, double& sum_dz_deviation) {
   sum_dz = sum_dz_deviation = 0;
-  for (int64_t i = 0; i < n; i += kTile) {
-    functions.plane_sums(x + i, dy + i, residual ? residual + i : nullptr, minimum(kTile, n - i), ahead, p, sum_dz,
-                         sum_dz_deviation);
-  }
+  for_each_tile<T>(n, next, [&](int64_t i, int64_t count, int64_t ahead) {
+    functions.plane_sums(x + i, dy + i, residual ? residual + i : nullptr, count, ahead, p, sum_dz, sum_dz_deviation);
+  });
 }
 
 // The same over rows for each of cols <= kPanel columns.
@@ -145,8 +144,16 @@ void for_each_strip(int64_t rows, int64_t strip, F f) {
 
 // How the second pass, the one that writes, goes over its tensors.
 struct SecondPass {
-  int64_t ahead;  // elements to what it asks for
-  bool streams;   // past the caches
+  int64_t ahead;         // elements to what it asks for
+  bool streams;          // past the caches
+  bool by_tile = false;  // planes: ahead is to the next plane, and what it asks for is the next tile
+
+  template <class T, class F>
+  NORMFUSED_INLINE void for_each_tile(int64_t n, F f) const {
+    normfused::for_each_tile<T>(n, by_tile ? ahead : 0, [&](int64_t i, int64_t count, int64_t within) {
+      f(i, count, by_tile ? within : ahead);
+    });
+  }
 
   // Rows to take at a time. What is streamed is at most a tile of adjacent elements, and not much less: it is read back
   // from L1 when its stores have got there.
@@ -174,6 +181,12 @@ bool streams_output(const Extent& e, int64_t tensors, bool in_pieces) {
   return tensors * e.numel() * static_cast<int64_t>(sizeof(T)) > (in_pieces ? 3 * cache : cache / 3);
 }
 
+// Whether planes ask for what comes next: short ones, which the processor does not notice, and what is in memory.
+template <class T>
+bool planes_ask(const Extent& e, bool streams) {
+  return streams || (e.N > 1 && e.S * static_cast<int64_t>(sizeof(T)) < kLongPlaneBytes);
+}
+
 // BatchNorm's: `tensors` are read, `all` read or written.
 template <class T>
 SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int64_t all) {
@@ -182,13 +195,14 @@ SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int
   };
   const bool short_planes = e.S * static_cast<int64_t>(sizeof(T)) <= kShortPieceBytes;
   const bool streams = streams_output<T>(e, all, short_planes || p.path == Partition::Path::split_columns);
+  const bool asks = planes_ask<T>(e, streams);
   switch (p.path) {
     case Partition::Path::planes: {
+      const int64_t next_task = asks ? ahead(p.panel * e.N * e.S, p.panel * e.S, 0) : 0;
       // Planes are gone through from the last to the first.
-      const int64_t within = ahead_in_planes<T>(e);
-      return {within == 0 ? 0 : ahead(p.panel * e.N * e.S, p.panel * e.S, -within), streams};
+      return {next_task ? next_task : asks ? -e.C * e.S : 0, streams, next_task == 0};
     }
-    case Partition::Path::split_planes: return {ahead_in_planes<T>(e), streams};
+    case Partition::Path::split_planes: return {asks ? e.S : 0, streams, true};
     case Partition::Path::columns: return {ahead(p.rows * p.panel, p.panel, ahead_in_rows<T>(p.cols)), streams};
     case Partition::Path::split_columns: break;
   }

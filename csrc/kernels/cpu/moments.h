@@ -72,11 +72,18 @@ WelfordData tile_moments(const T* x, int64_t n, int64_t ahead) {
   return {static_cast<double>(n), shift + s / n, m2 > 0 ? m2 : 0};
 }
 
-// n > 0 adjacent values; `ahead` is where the next ones are.
+// n > 0 adjacent values; those that come after them are at x + next.
 template <class T>
-WelfordData plane_moments(const T* x, int64_t n, int64_t ahead) {
-  WelfordData data = tile_moments(x, minimum(kTile, n), ahead);
-  for (int64_t i = kTile; i < n; i += kTile) data.combine(tile_moments(x + i, minimum(kTile, n - i), ahead));
+WelfordData plane_moments(const T* x, int64_t n, int64_t next) {
+  WelfordData data;
+  for_each_tile<T>(n, next, [&](int64_t i, int64_t count, int64_t ahead) {
+    const WelfordData tile = tile_moments(x + i, count, ahead);
+    if (i == 0) {
+      data = tile;
+    } else {
+      data.combine(tile);
+    }
+  });
   return data;
 }
 

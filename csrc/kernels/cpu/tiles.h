@@ -103,16 +103,28 @@ NORMFUSED_INLINE void prefetch(const T* x, int64_t element) {
 }
 
 // How far ahead: 0 where the processor finds what comes next by itself, since asking costs as much as reading then.
-// Some rows of a matrix if they are far apart; the next plane of the same channel if planes are too short to be
-// noticed.
+// Some rows of a matrix if they are far apart.
 constexpr int64_t kFarRowBytes = 16384, kLongPlaneBytes = 8192;
 template <class T>
 int64_t ahead_in_rows(int64_t stride, int64_t rows = 4) {
   return stride * static_cast<int64_t>(sizeof(T)) < kFarRowBytes ? 0 : rows * stride;
 }
-template <class T>
-int64_t ahead_in_planes(const Extent& e) {
-  return e.N == 1 || e.S * static_cast<int64_t>(sizeof(T)) >= kLongPlaneBytes ? 0 : e.C * e.S;
+
+// f(first element, count, ahead) for the tiles of n adjacent elements of T, which are equal but for the last. `ahead`
+// is a tile some kilobytes on, in this stretch or in the one that starts `next` elements after it. 0: nothing is asked.
+template <class T, class F>
+NORMFUSED_INLINE void for_each_tile(int64_t n, int64_t next, F f) {
+  int64_t size = n, distance = next ? n : 0, beyond = next;
+  if (n > kTile) {
+    constexpr int64_t kStep = 64;
+    size = divide_up(divide_up(n, divide_up(n, kTile)), kStep) * kStep;
+    if (next) {
+      const int64_t tiles = divide_up(n, size);
+      distance = minimum(sizeof(T) < 4 ? 2 : 1, tiles) * size;
+      beyond = next + distance - tiles * size;
+    }
+  }
+  for (int64_t i = 0; i < n; i += size) f(i, minimum(size, n - i), i + distance < n ? distance : beyond);
 }
 
 // f(parameters of column c, index of the element) for the elements of rows x cols, a vector or one at a time. f may see
