@@ -12,10 +12,10 @@ from normfused.functional import batch_norm_act, group_norm_act
 
 
 def last_cache():
-    """Bytes, as in csrc/kernels/cpu/dispatch.cpp."""
+    """Bytes that count, as in csrc/kernels/cpu/dispatch.cpp."""
     size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     if size.exists() and (text := size.read_text().strip()).endswith("K"):
-        return int(text[:-1]) << 10
+        return min(int(text[:-1]) << 10, 64 << 20)
     return (os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0) or 32 << 20
 
 
@@ -40,8 +40,9 @@ CASES = {
 def inputs(channels, spatial, channels_last, dtype):
     element = torch.empty((), dtype=dtype).element_size()
     sample = channels * spatial[0] * spatial[1] * element
-    # What a call touches, x and y at least, is more than is written through the caches: more of it by rows.
-    limit = 3 * LAST_CACHE if channels_last and spatial != (1, 2) else LAST_CACHE // 3
+    # What a call touches, x and y at least, is more than is written through the caches: more of it by rows and in pieces.
+    in_pieces = channels_last or spatial[0] * spatial[1] * element <= 2048
+    limit = 3 * LAST_CACHE if in_pieces else LAST_CACHE // 3
     n = limit // 2 // sample + 2
     torch.manual_seed(n)
     x, residual, dy = (torch.randn(n, channels, *spatial).to(dtype) for _ in range(3))

@@ -149,7 +149,7 @@ class BatchNormForwardDriver {
       for_each(partition_.tasks, [&](int64_t task) {
         const int64_t plane = task / segments, s = task % segments;
         partial[task] = functions_.plane_moments(x_ + plane * e_.S + s * kSegment, segment_size(s),
-                                                second_pass_.ahead ? segment_size(s) : 0);
+                                                 second_pass_.ahead ? segment_size(s) : 0);
       });
       for (int64_t c = 0; c < e_.C; ++c) {
         WelfordData data;
@@ -184,7 +184,8 @@ class BatchNormForwardDriver {
       PanelParameters<A> panel;
       double mean[kPanel], m2[kPanel];
       if (args_.training) {
-        functions_.group_moments(x_ + begin, partition_.rows, cols, group, partition_.cols, false, mean, m2);
+        functions_.group_moments(x_ + begin, partition_.rows, cols, group, partition_.cols, second_pass_.reading, mean,
+                                 m2);
         finish_statistics(first, cols / group, mean, m2);
       }
       panel.columns().set_groups(cols, group, [&](int64_t c) { return plane_parameters(first + c); });
@@ -199,7 +200,7 @@ class BatchNormForwardDriver {
         double* mean = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
           functions_.group_moments(x_ + partition_.first_row(task) * cols + c, partition_.row_count(task),
-                                   minimum(panel, cols - c), 1, cols, second_pass_.streams, mean + c, mean + cols + c);
+                                   minimum(panel, cols - c), 1, cols, second_pass_.reading, mean + c, mean + cols + c);
         }
       });
       // Into the first task's columns, then into channels.
@@ -401,9 +402,9 @@ class BatchNormBackwardDriver {
     });
   }
 
-  void sum_columns(int64_t at, int64_t rows, int64_t cols, bool cold, const ColumnParameters<A>& p, double* sum_dz,
-                   double* sum_dz_deviation) {
-    normfused::sum_columns(functions_, x_ + at, dy_ + at, residual(at), rows, cols, partition_.cols, cold, p, sum_dz,
+  void sum_columns(int64_t at, int64_t rows, int64_t cols, RowReading reading, const ColumnParameters<A>& p,
+                   double* sum_dz, double* sum_dz_deviation) {
+    normfused::sum_columns(functions_, x_ + at, dy_ + at, residual(at), rows, cols, partition_.cols, reading, p, sum_dz,
                            sum_dz_deviation);
   }
 
@@ -423,7 +424,7 @@ class BatchNormBackwardDriver {
       p.set_groups(cols, group, [&](int64_t c) { return parameters(first + c); });
       if (reduces_) {
         double sum_dz[kPanel], sum_dz_deviation[kPanel];
-        sum_columns(begin, partition_.rows, cols, false, p, sum_dz, sum_dz_deviation);
+        sum_columns(begin, partition_.rows, cols, second_pass_.reading, p, sum_dz, sum_dz_deviation);
         p.set_groups(cols, group, [&](int64_t c) {
           const int64_t i = c * group;
           if (group == 1) return finish_sums(first + c, sum_dz[i], sum_dz_deviation[i]);
@@ -443,7 +444,7 @@ class BatchNormBackwardDriver {
         double* sums = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
           sum_columns(partition_.first_row(task) * cols + c, partition_.row_count(task), minimum(panel, cols - c),
-                      second_pass_.streams, p.from(c), sums + c, sums + cols + c);
+                      second_pass_.reading, p.from(c), sums + c, sums + cols + c);
         }
       });
       double *sums = workspace_.partial, *deviations = sums + cols;

@@ -1,8 +1,8 @@
 // Chooses the instruction set once, at load, and forwards the entry points to it.
 #include "../batch_norm.h"
 #include "../group_norm.h"
-#include "last_cache.h"
 #include "partition.h"
+#include "processor.h"
 
 #if defined(__linux__)
 #include <unistd.h>
@@ -88,7 +88,17 @@ int64_t find_last_cache_bytes() {
   return bytes > kMost ? kMost : bytes > 0 ? bytes : int64_t{32} << 20;
 }
 
+bool find_asks_ahead() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 const int64_t last_cache = find_last_cache_bytes();
+const bool asks = find_asks_ahead();
 
 const Kernels* const chosen = best();
 // What a test may set with use_instruction_set.
@@ -97,6 +107,7 @@ const Kernels* current = chosen;
 }  // namespace
 
 int64_t last_cache_bytes() { return last_cache; }
+bool asks_ahead() { return asks; }
 
 const char* instruction_set() { return current->instruction_set; }
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #include "../dispatch.h"
-#include "last_cache.h"
 #include "moments.h"
 #include "partition.h"
+#include "processor.h"
 
 namespace normfused {
 namespace {
@@ -15,9 +15,9 @@ WelfordData plane_moments_of(const element_t<X>* stored, int64_t n, int64_t next
   return plane_moments(read_as<X>(stored), n, next);
 }
 template <class X>
-void group_moments_of(const element_t<X>* stored, int64_t rows, int64_t cols, int64_t group, int64_t stride, bool cold,
-                      double* mean, double* m2) {
-  group_moments(read_as<X>(stored), rows, cols, group, stride, cold, mean, m2);
+void group_moments_of(const element_t<X>* stored, int64_t rows, int64_t cols, int64_t group, int64_t stride,
+                      RowReading reading, double* mean, double* m2) {
+  group_moments(read_as<X>(stored), rows, cols, group, stride, reading, mean, m2);
 }
 
 // The loops that depend on the activations, for tensors of T: BatchNorm's with a residual and a pre_activation,
@@ -51,13 +51,13 @@ struct TileFunctions {
   Elementwise<ColumnParameters<A>> columns;
   void (*plane_sums)(const T* x, const T* dy, const T* residual, int64_t n, int64_t ahead, const PlaneParameters<A>&,
                      double& s, double& d);
-  void (*column_sums)(const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols, int64_t stride, bool cold,
-                      const ColumnParameters<A>&, A* s, A* d);
+  void (*column_sums)(const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols, int64_t stride,
+                      RowReading reading, const ColumnParameters<A>&, A* s, A* d);
 
   // BatchNorm's moments of x.
   WelfordData (*plane_moments)(const T* x, int64_t n, int64_t next);
-  void (*group_moments)(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, bool cold, double* mean,
-                        double* m2);
+  void (*group_moments)(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, RowReading reading,
+                        double* mean, double* m2);
 
   TileFunctions(Activation activation, bool residual, Activation pre_activation = Activation::identity) {
     if constexpr (kBatchNorm) {
@@ -107,7 +107,7 @@ void sum_plane(const Functions& functions, const T* x, const T* dy, const T* res
 // The same over rows for each of cols <= kPanel columns.
 template <class T, class Functions>
 void sum_columns(const Functions& functions, const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols,
-                 int64_t stride, bool cold, const ColumnParameters<arithmetic_t<T>>& p, double* sum_dz,
+                 int64_t stride, RowReading reading, const ColumnParameters<arithmetic_t<T>>& p, double* sum_dz,
                  double* sum_dz_deviation) {
   using A = arithmetic_t<T>;
   alignas(64) A s[kPanel], d[kPanel];
@@ -116,7 +116,7 @@ void sum_columns(const Functions& functions, const T* x, const T* dy, const T* r
     const int64_t at = r * stride;
     for (int64_t c = 0; c < cols; ++c) s[c] = d[c] = 0;
     functions.column_sums(x + at, dy + at, residual ? residual + at : nullptr, minimum(kRowBlock, rows - r), cols,
-                          stride, cold, p, s, d);
+                          stride, reading, p, s, d);
     for (int64_t c = 0; c < cols; ++c) {
       sum_dz[c] += s[c];
       sum_dz_deviation[c] += d[c];
@@ -146,6 +146,7 @@ void for_each_strip(int64_t rows, int64_t strip, F f) {
 struct SecondPass {
   int64_t ahead;         // elements to what it asks for
   bool streams;          // past the caches
+  RowReading reading;    // of the first pass
   bool by_tile = false;  // planes: ahead is to the next plane, and what it asks for is the next tile
 
   template <class T, class F>
@@ -180,11 +181,10 @@ bool streams_output(const Extent& e, int64_t tensors, bool in_pieces) {
   const int64_t cache = cpu::last_cache_bytes();
   return tensors * e.numel() * static_cast<int64_t>(sizeof(T)) > (in_pieces ? 3 * cache : cache / 3);
 }
-
-// Whether planes ask for what comes next: short ones, which the processor does not notice, and what is in memory.
+// The same limit, for asking ahead.
 template <class T>
-bool planes_ask(const Extent& e, bool streams) {
-  return streams || (e.N > 1 && e.S * static_cast<int64_t>(sizeof(T)) < kLongPlaneBytes);
+bool asks_ahead(const Extent& e, int64_t tensors) {
+  return cpu::asks_ahead() && streams_output<T>(e, tensors, false);
 }
 
 // BatchNorm's: `tensors` are read, `all` read or written.
@@ -195,24 +195,28 @@ SecondPass second_pass(const Partition& p, const Extent& e, int64_t tensors, int
   };
   const bool short_planes = e.S * static_cast<int64_t>(sizeof(T)) <= kShortPieceBytes;
   const bool streams = streams_output<T>(e, all, short_planes || p.path == Partition::Path::split_columns);
-  const bool asks = planes_ask<T>(e, streams);
+  const bool asks = asks_ahead<T>(e, all);
+  const RowReading reading{streams, asks};
   switch (p.path) {
     case Partition::Path::planes: {
-      const int64_t next_task = asks ? ahead(p.panel * e.N * e.S, p.panel * e.S, 0) : 0;
-      // Planes are gone through from the last to the first.
-      return {next_task ? next_task : asks ? -e.C * e.S : 0, streams, next_task == 0};
+      // Short planes are over before the processor has noticed them. They are gone through from the last to the first.
+      const bool plane_asks = asks || (e.N > 1 && e.S * static_cast<int64_t>(sizeof(T)) < kLongPlaneBytes);
+      const int64_t next_task = plane_asks ? ahead(p.panel * e.N * e.S, p.panel * e.S, 0) : 0;
+      return {next_task ? next_task : plane_asks ? -e.C * e.S : 0, streams, reading, next_task == 0};
     }
-    case Partition::Path::split_planes: return {asks ? e.S : 0, streams, true};
-    case Partition::Path::columns: return {ahead(p.rows * p.panel, p.panel, ahead_in_rows<T>(p.cols)), streams};
+    case Partition::Path::split_planes: return {asks ? e.S : 0, streams, reading, true};
+    case Partition::Path::columns:
+      return {ahead(p.rows * p.panel, p.panel, ahead_in_rows<T>(p.cols, false)), streams, {false, false}};
     case Partition::Path::split_columns: break;
   }
-  return {ahead_in_rows<T>(p.cols), streams};
+  return {ahead_in_rows<T>(p.cols, asks), streams, reading};
 }
 
 // GroupNorm's; contiguous, its groups are one long stretch.
 template <class T>
 SecondPass second_pass(const GroupPartition& p, const Extent& e, int64_t tensors) {
-  return {p.channels_last ? ahead_in_rows<T>(e.C) : 0, streams_output<T>(e, tensors, p.channels_last)};
+  const bool streams = streams_output<T>(e, tensors, p.channels_last), asks = asks_ahead<T>(e, tensors);
+  return {p.channels_last ? ahead_in_rows<T>(e.C, asks) : 0, streams, {streams, asks}};
 }
 
 // f(destination) writes n <= kTile elements: those of `to`, or memory in L1 that is then streamed to it.

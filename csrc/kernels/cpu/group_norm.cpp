@@ -131,6 +131,9 @@ class GroupNormDriver {
     }
   }
 
+  // Contiguous: what comes after n elements is next to them, where it is asked for.
+  int64_t ahead_after(int64_t n) const { return second_pass_.reading.asks ? n : 0; }
+
   // channels_last: writes the rows of a task; f(begin, rows, columns, destination, parameters) some of them.
   template <class F>
   void write_rows(T* to, int64_t task, F f) const {
@@ -183,7 +186,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
       rows();
     } else {
       for_each(e_.N * G_, [this](int64_t unit) {
-        finish_statistics(unit, plane_moments(x_ + unit * D_ * e_.S, D_ * e_.S, 0));
+        finish_statistics(unit, plane_moments(x_ + unit * D_ * e_.S, D_ * e_.S, this->ahead_after(D_ * e_.S)));
         apply_channels(unit / G_, unit % G_ * D_, (unit % G_ + 1) * D_);
       });
     }
@@ -236,7 +239,8 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     auto* partial = reinterpret_cast<WelfordData*>(partial_);
     for_each(e_.N * G_ * segments, [&](int64_t task) {
       const int64_t unit = task / segments, begin = task % segments * kSegment;
-      partial[task] = plane_moments(x_ + unit * size + begin, minimum(kSegment, size - begin), 0);
+      const int64_t count = minimum(kSegment, size - begin);
+      partial[task] = plane_moments(x_ + unit * size + begin, count, this->ahead_after(count));
     });
     for (int64_t unit = 0; unit < e_.N * G_; ++unit) {
       WelfordData data;
@@ -255,7 +259,7 @@ class GroupNormForwardDriver : GroupNormDriver<T> {
     const auto moments = [this](int64_t task) {
       double* mean = partial_ + task * 2 * e_.C;
       this->for_each_panel([&](int64_t c, int64_t cols) {
-        column_moments(x_ + this->offset_of(task) + c, this->row_count(task), cols, e_.C, second_pass_.streams,
+        column_moments(x_ + this->offset_of(task) + c, this->row_count(task), cols, e_.C, second_pass_.reading,
                        mean + c, mean + e_.C + c);
       });
     };
@@ -431,7 +435,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       this->for_each_stretch(begin, end, parameters, [&](int64_t first, int64_t channels, const auto& p) {
         const int64_t at = (n * e_.C + first) * e_.S, cols = channels * e_.S;
         double dz[kPanel], deviation[kPanel];
-        sum_columns<T>(this->functions_, x_ + at, dy_ + at, nullptr, 1, cols, cols, false, p, dz, deviation);
+        sum_columns<T>(this->functions_, x_ + at, dy_ + at, nullptr, 1, cols, cols, RowReading{}, p, dz, deviation);
         for (int64_t i = 0; i < channels; ++i) {
           double total = 0, total_deviation = 0;
           for (int64_t j = i * e_.S; j < (i + 1) * e_.S; ++j) {
@@ -446,8 +450,8 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
     }
     for (int64_t c = begin; c < end; ++c) {
       const int64_t at = (n * e_.C + c) * e_.S;
-      sum_plane<T>(this->functions_, x_ + at, dy_ + at, nullptr, e_.S, 0, parameters(c), sum_dz(n, c),
-                   sum_dz_deviation(n, c));
+      sum_plane<T>(this->functions_, x_ + at, dy_ + at, nullptr, e_.S, this->ahead_after(e_.S), parameters(c),
+                   sum_dz(n, c), sum_dz_deviation(n, c));
     }
   }
 
@@ -489,7 +493,7 @@ class GroupNormBackwardDriver : GroupNormDriver<T> {
       this->for_each_panel([&](int64_t c, int64_t cols) {
         const int64_t at = this->offset_of(task) + c;
         sum_columns<T>(this->functions_, x_ + at, dy_ + at, nullptr, this->row_count(task), cols, e_.C,
-                       second_pass_.streams, this->column_parameters(task / partition_.splits).from(c), partial + c,
+                       second_pass_.reading, this->column_parameters(task / partition_.splits).from(c), partial + c,
                        partial + e_.C + c);
       });
     };

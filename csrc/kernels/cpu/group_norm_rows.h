@@ -31,7 +31,7 @@ void row_gradient_moments(const T* __restrict x, const T* __restrict dy, int64_t
   using A = arithmetic_t<T>;
   const RowParameters<A> p = parameters;
   double totals[2] = {};
-  accumulate<2, A>(n, totals, [=](int64_t i, auto& sums) __attribute__((always_inline)) {
+  accumulate<2, A, false>(n, totals, [=](int64_t i, auto& sums) __attribute__((always_inline)) {
     using V = lane_type<decltype(sums[0])>;
     const PlaneParameters<V> q = p.template at<V>(i);
     const V g = gradient<Act, false>(x, dy, static_cast<const T*>(nullptr), i, q);

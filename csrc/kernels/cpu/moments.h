@@ -102,7 +102,8 @@ inline void combine_columns(int64_t cols, double count, double* mean, double* m2
 
 // Moments of each of cols <= kPanel columns over rows.
 template <class T>
-void column_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, bool cold, double* mean, double* m2) {
+void column_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, RowReading reading, double* mean,
+                    double* m2) {
   using A = arithmetic_t<T>;
   alignas(64) A shift[kPanel], s1[kPanel], s2[kPanel];
   for (int64_t r = 0; r < rows; r += kRowBlock) {
@@ -110,7 +111,7 @@ void column_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, bool
     const T* block = x + r * stride;
     sample_rows(block, count, cols, stride, shift);
     for (int64_t c = 0; c < cols; ++c) s1[c] = s2[c] = 0;
-    add_shifted_moments(block, count, cols, stride, cold, shift, s1, s2);
+    add_shifted_moments(block, count, cols, stride, reading, shift, s1, s2);
     A finite = 0;
 #pragma omp simd reduction(+ : finite)
     for (int64_t c = 0; c < cols; ++c) finite += s2[c] * A(0);
@@ -144,10 +145,10 @@ void column_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, bool
 // Moments of channels that are `group` adjacent columns each, over rows; cols <= kPanel, and mean and m2 hold
 // cols / group.
 template <class T>
-void group_moments(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, bool cold, double* mean,
-                   double* m2) {
+void group_moments(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, RowReading reading,
+                   double* mean, double* m2) {
   using A = arithmetic_t<T>;
-  if (group == 1) return column_moments(x, rows, cols, stride, cold, mean, m2);
+  if (group == 1) return column_moments(x, rows, cols, stride, reading, mean, m2);
   alignas(64) A shift[kPanel], s1[kPanel], s2[kPanel];
   WelfordData data[kPanel];
   const int64_t channels = cols / group;
@@ -162,7 +163,7 @@ void group_moments(const T* x, int64_t rows, int64_t cols, int64_t group, int64_
         s1[i] = s2[i] = 0;
       }
     }
-    add_shifted_moments(block, count, cols, stride, cold, shift, s1, s2);
+    add_shifted_moments(block, count, cols, stride, reading, shift, s1, s2);
     for (int64_t channel = 0; channel < channels; ++channel) {
       const int64_t c = channel * group;
       const double s = sum(s1 + c, group), q = sum(s2 + c, group);

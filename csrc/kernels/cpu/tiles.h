@@ -102,12 +102,18 @@ NORMFUSED_INLINE void prefetch(const T* x, int64_t element) {
   __builtin_prefetch(reinterpret_cast<const char*>(x) + element * static_cast<int64_t>(sizeof(T)));
 }
 
+// How rows are read: one by one, or several at once, which saves loads of what belongs to columns but is more streams
+// than a processor follows in memory; and whether it asks for rows to come, although they are not far apart.
+struct RowReading {
+  bool one_by_one, asks;
+};
+
 // How far ahead: 0 where the processor finds what comes next by itself, since asking costs as much as reading then.
 // Some rows of a matrix if they are far apart.
 constexpr int64_t kFarRowBytes = 16384, kLongPlaneBytes = 8192;
 template <class T>
-int64_t ahead_in_rows(int64_t stride, int64_t rows = 4) {
-  return stride * static_cast<int64_t>(sizeof(T)) < kFarRowBytes ? 0 : rows * stride;
+int64_t ahead_in_rows(int64_t stride, bool asks, int64_t rows = 4) {
+  return asks || stride * static_cast<int64_t>(sizeof(T)) >= kFarRowBytes ? rows * stride : 0;
 }
 
 // f(first element, count, ahead) for the tiles of n adjacent elements of T, which are equal but for the last. `ahead`
@@ -143,8 +149,8 @@ NORMFUSED_INLINE void for_each_element(int64_t rows, int64_t cols, int64_t strid
 
 // Adds to sums over n elements: add(i, s) takes the elements from i on into s[kSums], vectors or single values. Four
 // streams of vectors, so that no addition waits for the one before; emptied after a few, so that values which repeat do
-// not add up their roundings.
-template <int kSums, class A, class F>
+// not add up their roundings. kRepeats: add may be called for some elements twice, of which once counts.
+template <int kSums, class A, bool kRepeats = true, class F>
 NORMFUSED_INLINE void accumulate(int64_t n, double (&sums)[kSums], F add) {
   using V = Vector<A>;
   constexpr int64_t kLane = kLanes<A>, kStep = 4 * kLane, kRun = 8 * kStep;
@@ -164,7 +170,7 @@ NORMFUSED_INLINE void accumulate(int64_t n, double (&sums)[kSums], F add) {
   }
   for (; i + kLane <= n; i += kLane) add(i, total);
   A rest[kSums] = {};
-  if (i < n && n >= kLane) {
+  if (kRepeats && i < n && n >= kLane) {
     const LastLanes<A> count(n - i);
     V last[kSums];
     for (V& v : last) v = V{};
@@ -204,14 +210,12 @@ NORMFUSED_INLINE void add_rows(const T* x, int64_t cols, int64_t stride, int64_t
   });
 }
 
-// `cold`: in memory, and so read row by row. Several at once save loads of the sums, but are more streams than the
-// processor follows.
 template <class T, class A>
-void add_shifted_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, bool cold, const A* shift, A* s1,
-                         A* s2) {
-  const int64_t ahead = ahead_in_rows<T>(stride, 8);
+void add_shifted_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, RowReading reading, const A* shift,
+                         A* s1, A* s2) {
+  const int64_t ahead = ahead_in_rows<T>(stride, reading.asks, 8);
   int64_t r = 0;
-  for (; !cold && r + 8 <= rows; r += 8) add_rows<8>(x + r * stride, cols, stride, ahead, shift, s1, s2);
+  for (; !reading.one_by_one && r + 8 <= rows; r += 8) add_rows<8>(x + r * stride, cols, stride, ahead, shift, s1, s2);
   for (; r < rows; ++r) add_rows<1>(x + r * stride, cols, stride, ahead, shift, s1, s2);
 }
 
@@ -293,17 +297,17 @@ NORMFUSED_INLINE void add_gradient_rows(const X* x, const element_t<X>* dy, cons
   });
 }
 
-// The same for each of cols columns over rows, added to s and d; `cold` as for add_shifted_moments.
+// The same for each of cols columns over rows, added to s and d.
 template <class Act, bool kResidual, class X>
 void column_gradient_moments(const element_t<X>* __restrict stored, const element_t<X>* __restrict dy,
                              const element_t<X>* __restrict residual, int64_t rows, int64_t cols, int64_t stride,
-                             bool cold, const ColumnParameters<arithmetic_t<X>>& p, arithmetic_t<X>* __restrict s,
-                             arithmetic_t<X>* __restrict d) {
+                             RowReading reading, const ColumnParameters<arithmetic_t<X>>& p,
+                             arithmetic_t<X>* __restrict s, arithmetic_t<X>* __restrict d) {
   constexpr int kRows = kSharedRows<Act, kResidual, X>;
   const X* x = read_as<X>(stored);
-  const int64_t ahead = ahead_in_rows<X>(stride);
+  const int64_t ahead = ahead_in_rows<X>(stride, reading.asks);
   int64_t r = 0;
-  for (; !cold && r + kRows <= rows; r += kRows) {
+  for (; !reading.one_by_one && r + kRows <= rows; r += kRows) {
     const int64_t at = r * stride;
     add_gradient_rows<Act, kResidual, kRows>(x + at, dy + at, residual + (kResidual ? at : 0), cols, stride, ahead, p,
                                              s, d);
