@@ -40,7 +40,7 @@ CASES = {
 def inputs(channels, spatial, channels_last, dtype):
     element = torch.empty((), dtype=dtype).element_size()
     sample = channels * spatial[0] * spatial[1] * element
-    # What a call touches, x and y at least, is more than is written through the caches: more of it by rows and in pieces.
+    # What a call touches, x and y at least, is more than is written through the caches: more by rows and in pieces.
     in_pieces = channels_last or spatial[0] * spatial[1] * element <= 2048
     limit = 3 * LAST_CACHE if in_pieces else LAST_CACHE // 3
     n = limit // 2 // sample + 2
