@@ -34,6 +34,7 @@ NORMFUSED_INLINE V exponential(V x) {
     p = p * r + constant<V>(1.6666665459e-1f);
     p = p * r + constant<V>(5.0000001201e-1f);
     p = (p * r) * r + r + constant<V>(1.0f);
+    if constexpr (Lanes<V>::kScales) return Lanes<V>::scale(p, n);
     const V number = n == n ? n : constant<V>(0);
     const Integers exponent = Lanes<V>::to_integer(number), half = exponent >> 1;
     const V first = __builtin_bit_cast(V, (half + 127) << 23);

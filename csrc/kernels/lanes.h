@@ -24,6 +24,8 @@ struct SingleLane {
   // b, or the bound that it is beyond. A NaN stays NaN, -0 stays -0.
   NORMFUSED_INLINE static A at_least(A bound, A b) { return bound > b ? bound : b; }
   NORMFUSED_INLINE static A at_most(A bound, A b) { return bound < b ? bound : b; }
+  static constexpr bool kScales = false;
+  NORMFUSED_INLINE static A scale(A value, A) { return value; }
   NORMFUSED_INLINE static Int to_integer(A value) { return static_cast<Int>(value); }
   template <class F>
   NORMFUSED_INLINE static A each(A value, F f) {

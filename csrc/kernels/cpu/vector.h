@@ -41,6 +41,11 @@ struct Lanes<Vector<float>> {
   NORMFUSED_INLINE static integer to_integer(V v) { return __builtin_convertvector(v, integer); }
   // One instruction each on x86, with the operands in the order that keeps a NaN; GCC does not find it by itself.
 #if NORMFUSED_VECTOR_BYTES == 64
+  // value * 2^n for integral n, rounded once.
+  static constexpr bool kScales = true;
+  NORMFUSED_INLINE static V scale(V value, V n) {
+    return V(_mm512_maskz_scalef_ps(0xffff, __m512(value), __m512(n)));
+  }
   NORMFUSED_INLINE static V at_least(V bound, V b) { return V(_mm512_maskz_max_ps(0xffff, __m512(bound), __m512(b))); }
   NORMFUSED_INLINE static V at_most(V bound, V b) { return V(_mm512_maskz_min_ps(0xffff, __m512(bound), __m512(b))); }
 #elif NORMFUSED_VECTOR_BYTES == 32
@@ -52,6 +57,10 @@ struct Lanes<Vector<float>> {
 #else
   NORMFUSED_INLINE static V at_least(V bound, V b) { return bound > b ? bound : b; }
   NORMFUSED_INLINE static V at_most(V bound, V b) { return bound < b ? bound : b; }
+#endif
+#if NORMFUSED_VECTOR_BYTES != 64
+  static constexpr bool kScales = false;
+  NORMFUSED_INLINE static V scale(V value, V) { return value; }
 #endif
 };
 // clang-format on
