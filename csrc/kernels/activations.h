@@ -7,6 +7,7 @@
 // Native rounds z to the tensors' dtype before its activation sees it. kSelects: forward gives z or a constant that
 // every dtype represents, so that rounding may come after; backward then takes `rounding`, whose kZero is the greatest
 // z that rounds to zero and kSix the least that rounds to six. The others are given a z that is rounded already.
+// kExponential: takes an exponential, which costs more than all the rest.
 #pragma once
 
 #include "exponential.h"
@@ -17,7 +18,7 @@ namespace normfused {
 namespace {
 
 struct Identity {
-  static constexpr bool kSelects = true;
+  static constexpr bool kSelects = true, kExponential = false;
   template <class V>
   NORMFUSED_INLINE static V forward(V z) {
     return z;
@@ -29,7 +30,7 @@ struct Identity {
 };
 
 struct ReLU {
-  static constexpr bool kSelects = true;
+  static constexpr bool kSelects = true, kExponential = false;
   template <class V>
   NORMFUSED_INLINE static V forward(V z) {
     return Lanes<V>::at_least(constant<V>(0), z);
@@ -41,7 +42,7 @@ struct ReLU {
 };
 
 struct ReLU6 {
-  static constexpr bool kSelects = true;
+  static constexpr bool kSelects = true, kExponential = false;
   template <class V>
   NORMFUSED_INLINE static V forward(V z) {
     return Lanes<V>::at_least(constant<V>(0), Lanes<V>::at_most(constant<V>(6), z));
@@ -54,7 +55,7 @@ struct ReLU6 {
 };
 
 struct Sigmoid {
-  static constexpr bool kSelects = false;
+  static constexpr bool kSelects = false, kExponential = true;
   template <class V>
   NORMFUSED_INLINE static V forward(V z) {
     return constant<V>(1) / (constant<V>(1) + exponential(-z));
@@ -68,7 +69,7 @@ struct Sigmoid {
 };
 
 struct SiLU {
-  static constexpr bool kSelects = false;
+  static constexpr bool kSelects = false, kExponential = true;
   template <class V>
   NORMFUSED_INLINE static V forward(V z) {
     return z / (constant<V>(1) + exponential(-z));
@@ -81,7 +82,7 @@ struct SiLU {
 };
 
 struct Hardswish {
-  static constexpr bool kSelects = false;
+  static constexpr bool kSelects = false, kExponential = false;
   template <class V>
   NORMFUSED_INLINE static V forward(V z) {
     return z * ReLU6::forward(z + constant<V>(3)) / constant<V>(6);
@@ -94,7 +95,7 @@ struct Hardswish {
 };
 
 struct LeakyReLU {
-  static constexpr bool kSelects = false;
+  static constexpr bool kSelects = false, kExponential = false;
   template <class V>
   NORMFUSED_INLINE static V forward(V z) {
     return z <= constant<V>(0) ? z * constant<V>(0.01) : z;

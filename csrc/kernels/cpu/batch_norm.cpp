@@ -251,6 +251,7 @@ class BatchNormBackwardDriver {
         partition_(batch_norm_partition(e_)),
         workspace_(args.workspace, partition_, e_),
         functions_(args.activation, args.residual != nullptr, args.pre_activation),
+        identity_(Activation::identity, false),
         second_pass_(second_pass<T>(partition_, e_, args.residual ? 3 : 2, args.residual ? 5 : 3)),
         dy_(static_cast<const T*>(args.dy)),
         x_(static_cast<const T*>(args.x)),
@@ -324,7 +325,7 @@ class BatchNormBackwardDriver {
     }
     if (dresidual_) {
       write(dresidual_ + at, rows * cols, second_pass_.streams, [&](T* dresidual) {
-        functions.residual_gradient(x_ + at, dy_ + at, residual(at), dresidual, rows, cols, stride, p);
+        functions.gradient(x_ + at, dy_ + at, residual(at), dresidual, rows, cols, stride, p);
       });
     }
   }
@@ -402,10 +403,16 @@ class BatchNormBackwardDriver {
     });
   }
 
-  void sum_columns(int64_t at, int64_t rows, int64_t cols, RowReading reading, const ColumnParameters<A>& p,
-                   double* sum_dz, double* sum_dz_deviation) {
-    normfused::sum_columns(functions_, x_ + at, dy_ + at, residual(at), rows, cols, partition_.cols, reading, p, sum_dz,
-                           sum_dz_deviation);
+  void sum_columns(const TileFunctions<T, true>& functions, const T* dy, int64_t at, int64_t rows, int64_t cols,
+                   const ColumnParameters<A>& p, double* sum_dz, double* sum_dz_deviation) {
+    normfused::sum_columns(functions, x_ + at, dy + at, residual(at), rows, cols, partition_.cols, second_pass_.reading,
+                           p, sum_dz, sum_dz_deviation);
+  }
+
+  // Whether a panel's dz goes to dx first: computed once, where it stays in L2. Vectors may not overlap then.
+  bool keeps_gradient(int64_t cols) const {
+    return functions_.keeps_gradient && reduces_ && args_.training && dx_ && !second_pass_.streams &&
+           cols % kLanes<A> == 0;
   }
 
   void apply_columns(int64_t at, int64_t rows, int64_t cols, const ColumnParameters<A>& p) {
@@ -422,16 +429,28 @@ class BatchNormBackwardDriver {
       PanelParameters<A> panel;
       const ColumnParameters<A> p = panel.columns();
       p.set_groups(cols, group, [&](int64_t c) { return parameters(first + c); });
+      // dz in dx then takes the place of dy, and what is left is the identity's.
+      const bool keeps = keeps_gradient(cols);
+      if (keeps) {
+        functions_.columns.gradient(x_ + begin, dy_ + begin, nullptr, dx_ + begin, partition_.rows, cols,
+                                    partition_.cols, p);
+      }
       if (reduces_) {
         double sum_dz[kPanel], sum_dz_deviation[kPanel];
-        sum_columns(begin, partition_.rows, cols, second_pass_.reading, p, sum_dz, sum_dz_deviation);
+        sum_columns(keeps ? identity_ : functions_, keeps ? dx_ : dy_, begin, partition_.rows, cols, p, sum_dz,
+                    sum_dz_deviation);
         p.set_groups(cols, group, [&](int64_t c) {
           const int64_t i = c * group;
           if (group == 1) return finish_sums(first + c, sum_dz[i], sum_dz_deviation[i]);
           return finish_sums(first + c, sum(sum_dz + i, group), sum(sum_dz_deviation + i, group));
         });
       }
-      if (applies_) apply_columns(begin, partition_.rows, cols, p);
+      if (keeps) {
+        identity_.columns.backward(x_ + begin, dx_ + begin, nullptr, dx_ + begin, partition_.rows, cols,
+                                   partition_.cols, second_pass_.ahead, p);
+      } else if (applies_) {
+        apply_columns(begin, partition_.rows, cols, p);
+      }
     });
   }
 
@@ -443,8 +462,8 @@ class BatchNormBackwardDriver {
       for_each(partition_.tasks, [&](int64_t task) {
         double* sums = workspace_.partial + task * 2 * cols;
         for (int64_t c = 0; c < cols; c += panel) {
-          sum_columns(partition_.first_row(task) * cols + c, partition_.row_count(task), minimum(panel, cols - c),
-                      second_pass_.reading, p.from(c), sums + c, sums + cols + c);
+          sum_columns(functions_, dy_, partition_.first_row(task) * cols + c, partition_.row_count(task),
+                      minimum(panel, cols - c), p.from(c), sums + c, sums + cols + c);
         }
       });
       double *sums = workspace_.partial, *deviations = sums + cols;
@@ -468,7 +487,7 @@ class BatchNormBackwardDriver {
   const Extent e_;
   const Partition partition_;
   const BatchNormWorkspace<A> workspace_;
-  const TileFunctions<T, true> functions_;
+  const TileFunctions<T, true> functions_, identity_;
   const SecondPass second_pass_;
   const T *dy_, *x_, *residual_;
   const A *weight_, *bias_, *mean_, *invstd_;

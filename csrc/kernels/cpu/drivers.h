@@ -20,6 +20,10 @@ void group_moments_of(const element_t<X>* stored, int64_t rows, int64_t cols, in
   group_moments(read_as<X>(stored), rows, cols, group, stride, reading, mean, m2);
 }
 
+// Whether dz takes much longer to compute than to write and read, and is not rounded by that.
+template <class Act, class T>
+constexpr bool kExpensive = Act::kExponential && sizeof(T) == sizeof(arithmetic_t<T>);
+
 // The loops that depend on the activations, for tensors of T: BatchNorm's with a residual and a pre_activation,
 // GroupNorm's without.
 template <class T, bool kBatchNorm>
@@ -35,8 +39,9 @@ struct TileFunctions {
                      int64_t ahead, const P&);
     void (*backward_frozen)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols,
                             int64_t stride, int64_t ahead, const P&);
-    void (*residual_gradient)(const T* x, const T* dy, const T* residual, T* dresidual, int64_t rows, int64_t cols,
-                              int64_t stride, const P&);
+    // dz; with a residual, or where keeps_gradient.
+    void (*gradient)(const T* x, const T* dy, const T* residual, T* dz, int64_t rows, int64_t cols, int64_t stride,
+                     const P&);
 
     template <class Act, bool kResidual, class X>
     void set() {
@@ -44,7 +49,7 @@ struct TileFunctions {
       constexpr Statistics kStatistics = kBatchNorm ? Statistics::batch : Statistics::group;
       backward = backward_tile<Act, kResidual, kStatistics, X, P>;
       if constexpr (kBatchNorm) backward_frozen = backward_tile<Act, kResidual, Statistics::frozen, X, P>;
-      if constexpr (kResidual) residual_gradient = residual_gradient_tile<Act, T, P>;
+      if constexpr (kResidual || kExpensive<Act, T>) gradient = gradient_tile<Act, kResidual, T, P>;
     }
   };
   Elementwise<PlaneParameters<A>> plane;
@@ -58,6 +63,9 @@ struct TileFunctions {
   WelfordData (*plane_moments)(const T* x, int64_t n, int64_t next);
   void (*group_moments)(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, RowReading reading,
                         double* mean, double* m2);
+
+  // Whether dz is worth keeping from one pass to the next, as a T.
+  bool keeps_gradient = false;
 
   TileFunctions(Activation activation, bool residual, Activation pre_activation = Activation::identity) {
     if constexpr (kBatchNorm) {
@@ -83,6 +91,7 @@ struct TileFunctions {
  private:
   template <class Act, bool kResidual, class X>
   void set() {
+    keeps_gradient = !kResidual && kExpensive<Act, T>;
     plane.template set<Act, kResidual, X>();
     columns.template set<Act, kResidual, X>();
     plane_sums = gradient_moments<Act, kResidual, X>;

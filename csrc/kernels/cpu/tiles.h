@@ -322,9 +322,10 @@ void column_gradient_moments(const element_t<X>* __restrict stored, const elemen
 // What dx goes through besides scale: nothing (evaluation), the statistics of a batch, or those of a group.
 enum class Statistics { frozen, batch, group };
 
+// dx may be dy where no vector of a row overlaps another.
 template <class Act, bool kResidual, Statistics kStatistics, class X, class P>
-void backward_tile(const element_t<X>* __restrict stored, const element_t<X>* __restrict dy,
-                   const element_t<X>* __restrict residual, element_t<X>* __restrict dx, int64_t rows, int64_t cols,
+void backward_tile(const element_t<X>* __restrict stored, const element_t<X>* dy,
+                   const element_t<X>* __restrict residual, element_t<X>* dx, int64_t rows, int64_t cols,
                    int64_t stride, int64_t ahead, const P& p) {
   const X* x = read_as<X>(stored);
   for_each_element<X>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
@@ -341,12 +342,12 @@ void backward_tile(const element_t<X>* __restrict stored, const element_t<X>* __
   });
 }
 
-// dresidual = dz.
-template <class Act, class T, class P>
-void residual_gradient_tile(const T* __restrict x, const T* __restrict dy, const T* __restrict residual,
-                            T* __restrict dresidual, int64_t rows, int64_t cols, int64_t stride, const P& p) {
+// dz, which is dresidual too.
+template <class Act, bool kResidual, class T, class P>
+void gradient_tile(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, T* __restrict dz,
+                   int64_t rows, int64_t cols, int64_t stride, const P& p) {
   for_each_element<T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
-    store(dresidual + i, gradient<Act, true>(x, dy, residual, i, q));
+    store(dz + i, gradient<Act, kResidual>(x, dy, residual, i, q));
   });
 }
 
