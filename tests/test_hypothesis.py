@@ -227,6 +227,10 @@ FOUND = {
         dtype, shape=(2, 64, 49), kind="normal", layout="expanded", dy_layout="contiguous", activation=None,
         weight=False, bias=False, wide=False, seed=1, groups=0,
     ),
+    "two of fourteen rows, as a sample of the mean": lambda dtype: batch_norm(
+        dtype, shape=(2, 64, 1, 7), kind="normal", layout="channels_last", dy_layout="contiguous", activation=None,
+        weight=False, bias=False, wide=False, seed=373, residual_layout=None, training=True, tracks=False,
+    ),
 }  # fmt: skip
 
 

@@ -25,13 +25,15 @@ WelfordData exact_moments(const T* x, int64_t n, int64_t stride) {
   return {static_cast<double>(n), mean, m2};
 }
 
-// Of a block of rows, one in so many is averaged into its shift; of a tile, so many vectors.
-constexpr int64_t kSampledRows = 8, kSampledVectors = 8;
+// Values of a channel that are averaged into the shift of a block of rows: so many, and one row in so many; and vectors
+// into that of a tile.
+constexpr int64_t kSampledValues = 16, kRowsPerSample = 8, kSampledVectors = 8;
 
-// The average of some of the rows.
+// The average of some of the rows, of which each holds `group` values of a channel.
 template <class T, class A>
-void sample_rows(const T* x, int64_t rows, int64_t cols, int64_t stride, A* average) {
-  const int64_t sampled = divide_up(rows, kSampledRows), step = rows / sampled * stride;
+void sample_rows(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, A* average) {
+  const int64_t enough = minimum(rows, divide_up(kSampledValues, group));
+  const int64_t sampled = maximum(divide_up(rows, kRowsPerSample), enough), step = rows / sampled * stride;
   const A per_row = A(1) / sampled;
   for (int64_t c = 0; c < cols; ++c) average[c] = 0;
   for (int64_t r = 0; r < sampled; ++r, x += step) {
@@ -109,7 +111,7 @@ void column_moments(const T* x, int64_t rows, int64_t cols, int64_t stride, RowR
   for (int64_t r = 0; r < rows; r += kRowBlock) {
     const int64_t count = minimum(kRowBlock, rows - r);
     const T* block = x + r * stride;
-    sample_rows(block, count, cols, stride, shift);
+    sample_rows(block, count, cols, 1, stride, shift);
     for (int64_t c = 0; c < cols; ++c) s1[c] = s2[c] = 0;
     add_shifted_moments(block, count, cols, stride, reading, shift, s1, s2);
     A finite = 0;
@@ -155,7 +157,7 @@ void group_moments(const T* x, int64_t rows, int64_t cols, int64_t group, int64_
   for (int64_t r = 0; r < rows; r += kRowBlock) {
     const int64_t count = minimum(kRowBlock, rows - r);
     const T* block = x + r * stride;
-    sample_rows(block, count, cols, stride, shift);
+    sample_rows(block, count, cols, group, stride, shift);
     for (int64_t c = 0; c < cols; c += group) {
       const A average = static_cast<A>(sum(shift + c, group) / group);
       for (int64_t i = c; i < c + group; ++i) {
