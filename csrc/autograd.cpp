@@ -26,6 +26,55 @@ using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 using Stack = torch::jit::Stack;
 
+// A node of the graph for T, held as this torch holds nodes.
+template <class T>
+auto make_node() {
+  using Node = torch::autograd::CppNode<T>;
+  using Held = decltype(torch::autograd::Edge::function);
+  if constexpr (std::is_same_v<Held, std::shared_ptr<torch::autograd::Node>>) {
+    return std::shared_ptr<Node>(new Node, [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<Node>();
+  }
+}
+
+// Function<T>::apply for plain tensors, without forward-mode gradients (functional.py sees to that), and one result
+// that is new: what it does besides takes as long as the operator's own code.
+template <class T, class Options, class... Others>
+Tensor apply(const Options& options, const Tensor& x, const Others&... others) {
+  const auto node = make_node<T>();
+  variable_list inputs;
+  inputs.reserve(1 + sizeof...(others));
+  node->is_variable_input_.reserve(1 + sizeof...(others));
+  const auto take = [&](const OptionalTensor& t) {
+    node->is_variable_input_.push_back(t.has_value());
+    if (t) inputs.push_back(*t);
+  };
+  take(x);
+  (take(others), ...);
+  node->set_ctx_grad_fn(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  node->clear_input_metadata();
+  const Tensor y = T::forward(&node->ctx_, x, others..., options);
+  torch::autograd::set_history(y, node);
+  node->output_info_.emplace_back(y);
+  node->save_variables_to_ctx();
+  return y;
+}
+
+// CppNode<T>::apply, which makes the node's name up at every call.
+template <class T>
+variable_list apply_backward(torch::autograd::CppNode<T>& node, variable_list&& dy) {
+  at::OptionalDeviceGuard guard;
+  if (!dy[0].defined()) dy[0] = node.output_info_[0].zeros(guard);
+  variable_list gradients = T::backward(&node.ctx_, std::move(dy)), wanted;
+  wanted.reserve(gradients.size());
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    if (node.is_variable_input_[i]) wanted.push_back(std::move(gradients[i]));
+  }
+  return wanted;
+}
+
 // Calls an operator below autograd; returns its results.
 Stack call(const c10::OperatorHandle& op, Stack arguments) {
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -116,7 +165,7 @@ struct BatchNormAct : torch::autograd::Function<BatchNormAct> {
     const Tensor& x = saved[0];
     const IValue &mean = ctx->saved_data.at("mean"), &invstd = ctx->saved_data.at("invstd");
     const IValue weight = given(saved[1]), bias = given(saved[2]), residual = given(saved[3]);
-    variable_list gradients(5);  // the last one: of the options
+    variable_list gradients(4);
     if (at::GradMode::is_enabled()) {
       const variable_list all = call_formula(differentiable_batch_norm, {dy[0], x, weight, bias, residual, mean, invstd,
                                                                          training, eps, activation, pre_activation});
@@ -169,7 +218,7 @@ struct GroupNormAct : torch::autograd::Function<GroupNormAct> {
 
     const auto &x = saved[0], &mean = saved[3], &rstd = saved[4];
     const IValue weight = given(saved[1]), bias = given(saved[2]);
-    variable_list gradients(4);
+    variable_list gradients(3);
     if (at::GradMode::is_enabled()) {
       const variable_list all =
           call_formula(differentiable_group_norm, {dy[0], x, weight, bias, num_groups, eps, activation});
@@ -183,6 +232,24 @@ struct GroupNormAct : torch::autograd::Function<GroupNormAct> {
   }
 };
 
+}  // namespace normfused
+
+namespace torch::autograd {
+
+template <>
+variable_list CppNode<normfused::BatchNormAct>::apply(variable_list&& dy) {
+  const std::lock_guard lock(mutex_);
+  return normfused::apply_backward(*this, std::move(dy));
+}
+template <>
+variable_list CppNode<normfused::GroupNormAct>::apply(variable_list&& dy) {
+  const std::lock_guard lock(mutex_);
+  return normfused::apply_backward(*this, std::move(dy));
+}
+
+}  // namespace torch::autograd
+
+namespace normfused {
 namespace {
 
 // Whether an argument is what this path takes; all else, subclasses among it, is left to Python.
@@ -226,7 +293,7 @@ PyObject* call_batch_norm_act(PyObject*, PyObject* const* a, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release no_gil;
     y = torch::autograd::compute_requires_grad(x, weight, bias, residual)
-            ? BatchNormAct::apply(x, weight, bias, residual, options)
+            ? apply<BatchNormAct>(options, x, weight, bias, residual)
             : batch_norm_act(x, weight, bias, residual, options)[0].toTensor();
     // What autograd saved of them before is no longer what it was.
     if (options.training && options.running_mean && options.running_var) {
@@ -257,7 +324,7 @@ PyObject* call_group_norm_act(PyObject*, PyObject* const* a, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release no_gil;
     y = torch::autograd::compute_requires_grad(x, weight, bias)
-            ? GroupNormAct::apply(x, weight, bias, options)
+            ? apply<GroupNormAct>(options, x, weight, bias)
             : group_norm_act(x, weight, bias, options)[0].toTensor();
   }
   return THPVariable_Wrap(std::move(y));

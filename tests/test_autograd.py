@@ -125,6 +125,31 @@ def test_second_derivatives_are_those_of_python(activation):
     assert_same(*results)
 
 
+class _Drops(torch.autograd.Function):
+    """The identity, whose backward pass gives no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_no_gradient_of_the_output_counts_as_zeros():
+    found = []
+    for serves in (contextlib.nullcontext(), in_python()):
+        made, _ = tensors(("x", "weight", "bias", "residual"))
+        with serves:
+            y = batch_norm(made, (None, None), True, "relu6", True, True)
+            z = group_norm_act(made["x"], 2, made["weight"], made["bias"], activation="silu")
+            (_Drops.apply(y) + _Drops.apply(z)).sum().backward()
+        found.append([t.grad for t in made.values()])
+        assert all(gradient is not None and gradient.eq(0).all() for gradient in found[-1])
+    assert_same(*found)
+
+
 def test_it_is_what_serves_an_eager_call():
     made, dy = tensors(("x", "weight", "bias"))
     for y in (batch_norm_act(made["x"], None, None, training=True), group_norm_act(made["x"], 2)):
