@@ -23,6 +23,36 @@ struct BatchNormWorkspace {
   }
 };
 
+// What normalises and scales channels.
+template <class A>
+struct Affine {
+  const A *mean, *invstd, *weight, *bias;
+
+  // Of one channel; offset and slope are 0.
+  PlaneParameters<A> of(int64_t c) const {
+    const A scale = weight ? invstd[c] * weight[c] : invstd[c];
+    return {mean[c], scale, bias ? bias[c] : A(0), scale, 0, 0};
+  }
+
+  // mean, scale and bias of n channels from `first` on, a column each: in loops of one kind of result, which a compiler
+  // can vectorise.
+  void fill(int64_t first, int64_t n, const ColumnParameters<A>& p) const {
+    for (int64_t i = 0; i < n; ++i) p.mean[i] = mean[first + i];
+    if (weight) {
+      for (int64_t i = 0; i < n; ++i) p.scale[i] = invstd[first + i] * weight[first + i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) p.scale[i] = invstd[first + i];
+    }
+    for (int64_t i = 0; i < n; ++i) p.bias[i] = bias ? bias[first + i] : A(0);
+  }
+
+  // Those of cols columns, of which each channel has `group`.
+  void fill(int64_t first, int64_t cols, int64_t group, const ColumnParameters<A>& p) const {
+    if (group == 1) return fill(first, cols, p);
+    for (int64_t i = 0; i * group < cols; ++i) p.fill(i * group, group, of(first + i));
+  }
+};
+
 template <class T>
 class BatchNormForwardDriver {
   using A = arithmetic_t<T>;
@@ -39,10 +69,9 @@ class BatchNormForwardDriver {
         x_(static_cast<const T*>(args.x)),
         residual_(static_cast<const T*>(args.residual)),
         y_(static_cast<T*>(args.y)),
-        weight_(static_cast<const A*>(args.weight)),
-        bias_(static_cast<const A*>(args.bias)),
         mean_(static_cast<A*>(args.mean)),
-        invstd_(static_cast<A*>(args.invstd)) {}
+        invstd_(static_cast<A*>(args.invstd)),
+        affine_{mean_, invstd_, static_cast<const A*>(args.weight), static_cast<const A*>(args.bias)} {}
 
   void run() {
     if (!args_.training) use_running_statistics();
@@ -100,12 +129,8 @@ class BatchNormForwardDriver {
     }
   }
 
-  A scale(int64_t c) const { return weight_ ? invstd_[c] * weight_[c] : invstd_[c]; }
-  A bias(int64_t c) const { return bias_ ? bias_[c] : A(0); }
-  PlaneParameters<A> plane_parameters(int64_t c) const { return {mean_[c], scale(c), bias(c), 0, 0, 0}; }
-
   void apply_plane(int64_t c, int64_t at, int64_t n) {
-    const PlaneParameters<A> p = plane_parameters(c);
+    const PlaneParameters<A> p = affine_.of(c);
     second_pass_.template for_each_tile<T>(n, [&](int64_t i, int64_t count, int64_t ahead) {
       i += at;
       write(y_ + i, count, second_pass_.streams, [&](T* y) {
@@ -114,15 +139,10 @@ class BatchNormForwardDriver {
     });
   }
 
-  // From the plane of sample n to the one that is summed next, of the same channel or the first of the next one.
-  int64_t next_plane(int64_t n) const {
-    return second_pass_.ahead == 0 ? 0 : n + 1 < e_.N ? e_.C * e_.S : e_.S - n * e_.C * e_.S;
-  }
-
   WelfordData channel_moments(int64_t c) const {
-    WelfordData data = functions_.plane_moments(x_ + c * e_.S, e_.S, next_plane(0));
+    WelfordData data = functions_.plane_moments(x_ + c * e_.S, e_.S, second_pass_.next_plane(e_, 0));
     for (int64_t n = 1; n < e_.N; ++n) {
-      data.combine(functions_.plane_moments(x_ + (n * e_.C + c) * e_.S, e_.S, next_plane(n)));
+      data.combine(functions_.plane_moments(x_ + (n * e_.C + c) * e_.S, e_.S, second_pass_.next_plane(e_, n)));
     }
     return data;
   }
@@ -149,7 +169,7 @@ class BatchNormForwardDriver {
       for_each(partition_.tasks, [&](int64_t task) {
         const int64_t plane = task / segments, s = task % segments;
         partial[task] = functions_.plane_moments(x_ + plane * e_.S + s * kSegment, segment_size(s),
-                                                 second_pass_.ahead ? segment_size(s) : 0);
+                                                 second_pass_.next(segment_size(s)));
       });
       for (int64_t c = 0; c < e_.C; ++c) {
         WelfordData data;
@@ -188,7 +208,7 @@ class BatchNormForwardDriver {
                                  m2);
         finish_statistics(first, cols / group, mean, m2);
       }
-      panel.columns().set_groups(cols, group, [&](int64_t c) { return plane_parameters(first + c); });
+      affine_.fill(first, cols, group, panel.columns());
       apply_columns(begin, partition_.rows, cols, panel.columns());
     });
   }
@@ -218,7 +238,8 @@ class BatchNormForwardDriver {
       finish_statistics(0, e_.C, mean, m2);
     }
     const ColumnParameters<A>& p = workspace_.parameters;
-    for (int64_t c = 0; c < e_.C; ++c) p.set(c, cols, e_.C, plane_parameters(c));
+    affine_.fill(0, e_.C, p);
+    p.repeat(e_.C, cols);
     for_each_backwards(partition_.tasks, [&](int64_t t) {
       for (int64_t c = 0; c < cols; c += kTile) {
         apply_columns(partition_.first_row(t) * cols + c, partition_.row_count(t), minimum(kTile, cols - c), p.from(c));
@@ -235,8 +256,8 @@ class BatchNormForwardDriver {
   const SecondPass second_pass_;
   const T *x_, *residual_;
   T* y_;
-  const A *weight_, *bias_;
   A *mean_, *invstd_;
+  const Affine<A> affine_;
 };
 
 template <class T>
@@ -256,10 +277,8 @@ class BatchNormBackwardDriver {
         dy_(static_cast<const T*>(args.dy)),
         x_(static_cast<const T*>(args.x)),
         residual_(static_cast<const T*>(args.residual)),
-        weight_(static_cast<const A*>(args.weight)),
-        bias_(static_cast<const A*>(args.bias)),
-        mean_(static_cast<const A*>(args.mean)),
-        invstd_(static_cast<const A*>(args.invstd)),
+        affine_{static_cast<const A*>(args.mean), static_cast<const A*>(args.invstd),
+                static_cast<const A*>(args.weight), static_cast<const A*>(args.bias)},
         dx_(static_cast<T*>(args.dx)),
         dresidual_(static_cast<T*>(args.dresidual)),
         dweight_(static_cast<A*>(args.dweight)),
@@ -270,7 +289,10 @@ class BatchNormBackwardDriver {
 
   void run() {
     if (e_.numel() == 0) {
-      for (int64_t c = 0; c < e_.C; ++c) finish_sums(c, 0, 0);
+      for (int64_t c = 0; c < e_.C; ++c) {
+        double none[2] = {};
+        finish_sums(c, 1, &none[0], &none[1]);
+      }
       return;
     }
     switch (partition_.path) {
@@ -291,27 +313,42 @@ class BatchNormBackwardDriver {
     for_each_task<true>(parallel_for_, tasks, e_.numel(), f);
   }
 
-  PlaneParameters<A> parameters(int64_t c) const {
-    const A scale = weight_ ? invstd_[c] * weight_[c] : invstd_[c];
-    return {mean_[c], scale, bias_ ? bias_[c] : A(0), scale, 0, 0};
+  // From n channels' sums over dz and dz (x - mean): the gradients of their parameters; and the sums become offset and
+  // slope of the part of dx that comes through the statistics,
+  // dx = scale (dz - sum(dz) / n - (x - mean) invstd^2 sum(dz (x - mean)) / n).
+  void finish_sums(int64_t first, int64_t n, double* sum_dz, double* sum_dz_deviation) {
+    const A* invstd = affine_.invstd + first;
+    if (dbias_) {
+      for (int64_t i = 0; i < n; ++i) dbias_[first + i] = static_cast<A>(sum_dz[i]);
+    }
+    if (dweight_) {
+      for (int64_t i = 0; i < n; ++i) dweight_[first + i] = static_cast<A>(sum_dz_deviation[i] * invstd[i]);
+    }
+    const double values = static_cast<double>(e_.N * e_.S);
+    for (int64_t i = 0; i < n; ++i) sum_dz[i] /= values;
+    for (int64_t i = 0; i < n; ++i) {
+      const double scale = invstd[i];
+      sum_dz_deviation[i] = sum_dz_deviation[i] * scale * scale / values;
+    }
   }
 
-  // From a channel's sums over dz and dz (x - mean): its parameter gradients, and the part of dx that comes through the
-  // statistics, dx = scale (dz - sum(dz) / n - (x - mean) invstd^2 sum(dz (x - mean)) / n).
-  PlaneParameters<A> finish_sums(int64_t c, double sum_dz, double sum_dz_deviation) {
-    const double invstd = invstd_[c], n = static_cast<double>(e_.N * e_.S);
-    if (dbias_) dbias_[c] = static_cast<A>(sum_dz);
-    if (dweight_) dweight_[c] = static_cast<A>(sum_dz_deviation * invstd);
-    PlaneParameters<A> p = parameters(c);
-    p.offset = static_cast<A>(sum_dz / n);
-    p.slope = static_cast<A>(sum_dz_deviation * invstd * invstd / n);
+  // Of a channel, with what finish_sums left.
+  PlaneParameters<A> parameters(int64_t c, double offset, double slope) const {
+    PlaneParameters<A> p = affine_.of(c);
+    p.offset = static_cast<A>(offset);
+    p.slope = static_cast<A>(slope);
     return p;
+  }
+  // Of n columns that are a channel each, which have the rest already.
+  static void set_through(int64_t n, const double* offset, const double* slope, const ColumnParameters<A>& p) {
+    for (int64_t i = 0; i < n; ++i) p.offset[i] = static_cast<A>(offset[i]);
+    for (int64_t i = 0; i < n; ++i) p.slope[i] = static_cast<A>(slope[i]);
   }
 
   const T* residual(int64_t at) const { return residual_ ? residual_ + at : nullptr; }
 
   void sum_plane(int64_t c, int64_t at, int64_t n, int64_t next, double& sum_dz, double& sum_dz_deviation) {
-    normfused::sum_plane(functions_, x_ + at, dy_ + at, residual(at), n, next, parameters(c), sum_dz, sum_dz_deviation);
+    normfused::sum_plane(functions_, x_ + at, dy_ + at, residual(at), n, next, affine_.of(c), sum_dz, sum_dz_deviation);
   }
 
   // dx and dresidual of rows x cols elements from `at` on: adjacent ones where they are streamed.
@@ -336,17 +373,12 @@ class BatchNormBackwardDriver {
     });
   }
 
-  // From the plane of sample n to the one that is summed next, of the same channel or the first of the next one.
-  int64_t next_plane(int64_t n) const {
-    return second_pass_.ahead == 0 ? 0 : n + 1 < e_.N ? e_.C * e_.S : e_.S - n * e_.C * e_.S;
-  }
-
   // Of all samples.
   void sum_channel(int64_t c, double& sum_dz, double& sum_dz_deviation) {
     sum_dz = sum_dz_deviation = 0;
     for (int64_t n = 0; n < e_.N; ++n) {
       double s, d;
-      sum_plane(c, (n * e_.C + c) * e_.S, e_.S, next_plane(n), s, d);
+      sum_plane(c, (n * e_.C + c) * e_.S, e_.S, second_pass_.next_plane(e_, n), s, d);
       sum_dz += s;
       sum_dz_deviation += d;
     }
@@ -359,9 +391,10 @@ class BatchNormBackwardDriver {
       PlaneParameters<A> p[kChannels];
       if (reduces_) {
         for (int64_t i = 0; i < count; ++i) sum_channel(begin + i, sum_dz[i], sum_dz_deviation[i]);
-        for (int64_t i = 0; i < count; ++i) p[i] = finish_sums(begin + i, sum_dz[i], sum_dz_deviation[i]);
+        finish_sums(begin, count, sum_dz, sum_dz_deviation);
+        for (int64_t i = 0; i < count; ++i) p[i] = parameters(begin + i, sum_dz[i], sum_dz_deviation[i]);
       } else {
-        for (int64_t i = 0; i < count; ++i) p[i] = parameters(begin + i);
+        for (int64_t i = 0; i < count; ++i) p[i] = affine_.of(begin + i);
       }
       if (!applies_) return;
       for (int64_t n = e_.N - 1; n >= 0; --n) {
@@ -377,12 +410,12 @@ class BatchNormBackwardDriver {
     if (reduces_) {
       for_each(partition_.tasks, [&](int64_t task) {
         const int64_t plane = task / segments, s = task % segments;
-        sum_plane(plane % e_.C, plane * e_.S + s * kSegment, segment_size(s), second_pass_.ahead ? segment_size(s) : 0,
+        sum_plane(plane % e_.C, plane * e_.S + s * kSegment, segment_size(s), second_pass_.next(segment_size(s)),
                   partial[2 * task], partial[2 * task + 1]);
       });
     }
     for (int64_t c = 0; c < e_.C; ++c) {
-      PlaneParameters<A> p = parameters(c);
+      PlaneParameters<A> p = affine_.of(c);
       if (reduces_) {
         double total = 0, total_deviation = 0;
         for (int64_t n = 0; n < e_.N; ++n) {
@@ -392,7 +425,8 @@ class BatchNormBackwardDriver {
             total_deviation += partial[2 * task + 1];
           }
         }
-        p = finish_sums(c, total, total_deviation);
+        finish_sums(c, 1, &total, &total_deviation);
+        p = parameters(c, total, total_deviation);
       }
       workspace_.parameters.set(c, p);
     }
@@ -428,7 +462,7 @@ class BatchNormBackwardDriver {
       const int64_t cols = minimum(partition_.panel, partition_.cols - begin), first = begin / group;
       PanelParameters<A> panel;
       const ColumnParameters<A> p = panel.columns();
-      p.set_groups(cols, group, [&](int64_t c) { return parameters(first + c); });
+      affine_.fill(first, cols, group, p);
       // dz in dx then takes the place of dy, and what is left is the identity's.
       const bool keeps = keeps_gradient(cols);
       if (keeps) {
@@ -439,11 +473,21 @@ class BatchNormBackwardDriver {
         double sum_dz[kPanel], sum_dz_deviation[kPanel];
         sum_columns(keeps ? identity_ : functions_, keeps ? dx_ : dy_, begin, partition_.rows, cols, p, sum_dz,
                     sum_dz_deviation);
-        p.set_groups(cols, group, [&](int64_t c) {
-          const int64_t i = c * group;
-          if (group == 1) return finish_sums(first + c, sum_dz[i], sum_dz_deviation[i]);
-          return finish_sums(first + c, sum(sum_dz + i, group), sum(sum_dz_deviation + i, group));
-        });
+        const int64_t channels = cols / group;
+        if (group > 1) {
+          for (int64_t c = 0; c < channels; ++c) {
+            sum_dz[c] = sum(sum_dz + c * group, group);
+            sum_dz_deviation[c] = sum(sum_dz_deviation + c * group, group);
+          }
+        }
+        finish_sums(first, channels, sum_dz, sum_dz_deviation);
+        if (group == 1) {
+          set_through(cols, sum_dz, sum_dz_deviation, p);
+        } else {
+          for (int64_t c = 0; c < channels; ++c) {
+            p.fill(c * group, group, parameters(first + c, sum_dz[c], sum_dz_deviation[c]));
+          }
+        }
       }
       if (keeps) {
         identity_.columns.backward(x_ + begin, dx_ + begin, nullptr, dx_ + begin, partition_.rows, cols,
@@ -457,7 +501,8 @@ class BatchNormBackwardDriver {
   void split_columns() {
     const int64_t cols = partition_.cols, panel = partition_.panel;
     const ColumnParameters<A>& p = workspace_.parameters;
-    for (int64_t c = 0; c < e_.C; ++c) p.set(c, cols, e_.C, parameters(c));
+    affine_.fill(0, e_.C, p);
+    p.repeat(e_.C, cols);
     if (reduces_) {
       for_each(partition_.tasks, [&](int64_t task) {
         double* sums = workspace_.partial + task * 2 * cols;
@@ -472,7 +517,9 @@ class BatchNormBackwardDriver {
         add_partials(sums, 2, half);
         add_partials(deviations, 2, half);
       }
-      for (int64_t c = 0; c < e_.C; ++c) p.set(c, cols, e_.C, finish_sums(c, sums[c], deviations[c]));
+      finish_sums(0, e_.C, sums, deviations);
+      set_through(e_.C, sums, deviations, p);
+      p.repeat(e_.C, cols);
     }
     if (!applies_) return;
     for_each_backwards(partition_.tasks, [&](int64_t t) {
@@ -490,7 +537,7 @@ class BatchNormBackwardDriver {
   const TileFunctions<T, true> functions_, identity_;
   const SecondPass second_pass_;
   const T *dy_, *x_, *residual_;
-  const A *weight_, *bias_, *mean_, *invstd_;
+  const Affine<A> affine_;
   T *dx_, *dresidual_;
   A *dweight_, *dbias_;
   bool applies_, reduces_;

@@ -158,6 +158,11 @@ struct SecondPass {
   RowReading reading;    // of the first pass
   bool by_tile = false;  // planes: ahead is to the next plane, and what it asks for is the next tile
 
+  // How far the first pass looks: to what is `elements` on, or nowhere if this pass does not either.
+  int64_t next(int64_t elements) const { return ahead ? elements : 0; }
+  // From a channel's plane of sample n to the one that is read next: of that channel, or the next one's first.
+  int64_t next_plane(const Extent& e, int64_t n) const { return next(n + 1 < e.N ? e.C * e.S : e.S - n * e.C * e.S); }
+
   template <class T, class F>
   NORMFUSED_INLINE void for_each_tile(int64_t n, F f) const {
     normfused::for_each_tile<T>(n, by_tile ? ahead : 0, [&](int64_t i, int64_t count, int64_t within) {

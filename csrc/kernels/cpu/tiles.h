@@ -59,11 +59,7 @@ struct ColumnParameters {
     offset[c] = p.offset;
     slope[c] = p.slope;
   }
-  // Sets the parameters of columns [begin, end), step apart.
-  void set(int64_t begin, int64_t end, int64_t step, const PlaneParameters<A>& p) const {
-    for (int64_t c = begin; c < end; c += step) set(c, p);
-  }
-  // Sets those of n adjacent columns.
+  // Sets the parameters of n adjacent columns.
   void fill(int64_t begin, int64_t n, const PlaneParameters<A>& p) const {
     const ColumnParameters to = from(begin);
     for_each_vector_overlapping<A>(n, [=](int64_t c, auto lanes) __attribute__((always_inline)) {
@@ -76,14 +72,11 @@ struct ColumnParameters {
       store(to.slope + c, constant<V>(p.slope));
     });
   }
-  // Sets those of columns [0, cols), of which each channel has `group`, from the channels' own, of(0) and so on.
-  template <class F>
-  void set_groups(int64_t cols, int64_t group, F of) const {
-    if (group == 1) {
-      // What a compiler makes of a loop over one column takes longer than the column.
-      for (int64_t c = 0; c < cols; ++c) set(c, of(c));
-    } else {
-      for (int64_t c = 0; c * group < cols; ++c) fill(c * group, group, of(c));
+  // Repeats those of the first n columns in the columns after them, up to cols.
+  void repeat(int64_t n, int64_t cols) const {
+    A* const arrays[] = {mean, scale, bias, outer, offset, slope};
+    for (A* array : arrays) {
+      for (int64_t c = n; c < cols; ++c) array[c] = array[c - n];
     }
   }
 };
