@@ -16,22 +16,32 @@ class Family:
     activation: str | None
     groups: int | None = None  # None: BatchNorm
     residual: tuple[tuple[int, ...], ...] = ()
+    pre_activation: str | None = None
 
 
 # So little data that only the host's work for a call is left.
 TINY_SHAPE = (2, 4, 2, 2)
 GROUPS = 32
 
+# Every distinct one of MobileNetV2 1.0 at 224x224 (Sandler et al. 2018, arXiv:1801.04381).
+_MOBILENET_V2 = (
+    *((32, 112), (96, 112), (96, 56), (144, 56), (144, 28), (192, 28)),
+    *((192, 14), (384, 14), (576, 14), (576, 7), (960, 7), (1280, 7)),
+)
+
 FAMILIES = {
-    # Every distinct one of MobileNetV2 1.0 at 224x224 (Sandler et al. 2018, arXiv:1801.04381).
     "batch_norm": Family(
         "BatchNorm + ReLU6 of MobileNetV2",
-        (
-            *((32, 112), (96, 112), (96, 56), (144, 56), (144, 28), (192, 28)),
-            *((192, 14), (384, 14), (576, 14), (576, 7), (960, 7), (1280, 7)),
-        ),
+        _MOBILENET_V2,
         (32,),
         "relu6",
+    ),
+    "pre_activation": Family(
+        "ReLU6, then BatchNorm: the same layers in the other order",
+        _MOBILENET_V2,
+        (32,),
+        None,
+        pre_activation="relu6",
     ),
     # ResNet-50 at 224x224 (He et al. 2015, arXiv:1512.03385), strides in the 3x3 convolutions as in torchvision.
     "resnet50": Family(
@@ -120,6 +130,7 @@ class Case:
     activation: str | None = "relu6"
     residual: bool = False
     form: str = "module"
+    pre_activation: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -140,9 +151,10 @@ class Case:
 
     @property
     def layer(self) -> str:
-        """The layer in words, "BatchNorm + residual + relu"."""
+        """The layer in words, "BatchNorm + residual + relu"; what comes before the norm stands before it."""
         norm = "BatchNorm" if self.groups is None else f"GroupNorm/{self.groups}"
-        return " + ".join([norm, *["residual"] * self.residual, *[self.activation] * (self.activation is not None)])
+        parts = [self.pre_activation, norm, "residual" if self.residual else None, self.activation]
+        return " + ".join(part for part in parts if part is not None)
 
     def __str__(self):
         return f"{self.family} {'x'.join(map(str, self.shape))} {self.layer} {self.dtype} {self.layout} {self.form}"
@@ -187,7 +199,16 @@ def select(families, batches=None, dtypes=None, layouts=LAYOUTS, device_type="cp
             continue
         own = [(layer, False) for layer in family.layers] + [(layer, True) for layer in family.residual]
         selected += [
-            Case(name, (n, *_spatial(layer)), dtype, layout, family.groups, family.activation, residual)
+            Case(
+                name,
+                (n, *_spatial(layer)),
+                dtype,
+                layout,
+                family.groups,
+                family.activation,
+                residual,
+                pre_activation=family.pre_activation,
+            )
             for n in batches or family.batches
             for dtype in dtypes or default_dtypes(name, device_type)
             for layout in layouts

@@ -80,10 +80,11 @@ def _training(case, x, dy, residual, weight, bias, tolerances):
     activation = case.activation
     groups = None if case.groups is None else case.groups * x.shape[1] // case.shape[1]
     if groups is None:
+        stored, x = x, reference.FORWARD[case.pre_activation](x)
         mean, var = reference.batch_statistics(x)
         z = reference.batch_norm_act(x, weight, bias, residual, mean, var, EPS, None)
         dx, dweight, dbias, dz = reference.batch_norm_act_backward(
-            dy, x, weight, bias, residual, mean, None, True, EPS, activation
+            dy, stored, weight, bias, residual, mean, None, True, EPS, activation, case.pre_activation
         )
     else:
         z = reference.group_norm_act(x, groups, weight, bias, EPS, None)
@@ -120,6 +121,7 @@ def _training(case, x, dy, residual, weight, bias, tolerances):
 def _evaluation(case, x, residual, weight, bias, statistics, tolerances):
     """The same for y in evaluation; ``statistics`` are (mean, var), not used by GroupNorm."""
     if case.groups is None:
+        x = reference.FORWARD[case.pre_activation](x)
         y = reference.batch_norm_act(x, weight, bias, residual, *statistics, EPS, case.activation)
     else:
         groups = case.groups * x.shape[1] // case.shape[1]

@@ -99,7 +99,7 @@ def _measured(case, modes, names, seconds, **options):
 
 def _identity(row):
     """What is measured together: a case in a mode, whoever the provider and with however many threads."""
-    names = ("family", "shape", "dtype", "layout", "groups", "activation", "residual", "form", "mode")
+    names = ("family", "layer", "shape", "dtype", "layout", "form", "mode")
     return tuple(tuple(row[name]) if name == "shape" else row[name] for name in names)
 
 

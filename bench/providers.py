@@ -79,6 +79,9 @@ class _Residual(nn.Module):
 
 def _with_activation(norm, case):
     """``norm`` followed by the case's residual and activation, as PyTorch's own modules."""
+    if case.pre_activation is not None:
+        # Not in place: x is a leaf, and what overwrote it would need a copy, which costs more.
+        norm = nn.Sequential(ACTIVATIONS[case.pre_activation](inplace=False), norm)
     activation = nn.Identity() if case.activation is None else ACTIVATIONS[case.activation]()
     if case.residual:
         return _Residual(norm, activation)
@@ -140,7 +143,7 @@ def fused(case, device, training):
         norm = normfused.GroupNormAct(case.groups, channels, eps=EPS, activation=activation)
     else:
         kind = normfused.BatchNormAct2d if len(case.shape) == 4 else normfused.BatchNormAct3d
-        norm = kind(channels, eps=EPS, momentum=MOMENTUM, activation=activation)
+        norm = kind(channels, eps=EPS, momentum=MOMENTUM, activation=activation, pre_activation=case.pre_activation)
     _prepare(norm, case, device, training)
     weight, bias = norm.weight, norm.bias
     if case.form == "module":
@@ -270,7 +273,8 @@ def defaults(device_type):
 def applies(name, case):
     """Whether a provider has the layer of a case at all."""
     if name == "onednn":
-        return (case.groups, case.activation, case.residual, case.form) == (None, "relu", False, "module")
+        wanted = (None, None, "relu", False, "module")
+        return (case.groups, case.pre_activation, case.activation, case.residual, case.form) == wanted
     if (case.groups is None and name in _GROUP_NORM_ONLY) or (case.form == "functional" and name in _PACKAGES):
         return False
     return case.groups is None or name not in _BATCH_NORM_ONLY

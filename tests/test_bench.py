@@ -250,12 +250,20 @@ def test_a_peer_that_is_installed(name, monkeypatch):
 
 @pytest.mark.parametrize(("name", "index", "where"), [("y", 0, 5), ("dx", 1, 7), ("dweight", 2, 1), ("dbias", 3, 2)])
 @pytest.mark.parametrize(
-    ("groups", "activation", "residual"),
-    [(None, "relu6", False), (None, "relu", True), (2, None, False), (2, "silu", False)],
+    ("groups", "activation", "residual", "pre_activation"),
+    [
+        (None, "relu6", False, None),
+        (None, "relu", True, None),
+        (None, None, False, "relu6"),
+        (2, None, False, None),
+        (2, "silu", False, None),
+    ],
 )
 @pytest.mark.parametrize("value", [1e3, math.nan])
-def test_the_check_finds_one_wrong_element(name, index, where, groups, activation, residual, value):
-    case = cases.Case("own", (2, 4, 5, 5), "float32", "channels_last", groups, activation, residual)
+def test_the_check_finds_one_wrong_element(name, index, where, groups, activation, residual, pre_activation, value):
+    case = cases.Case(
+        "own", (2, 4, 5, 5), "float32", "channels_last", groups, activation, residual, pre_activation=pre_activation
+    )
     inputs = cases.inputs(case)
     layer = providers.eager(case, "cpu", True)
     y = layer.run(*inputs.arguments)
@@ -267,9 +275,11 @@ def test_the_check_finds_one_wrong_element(name, index, where, groups, activatio
     assert check.check(case, inputs, layer.parameters, {"eager": result})["eager"].startswith(f"{name}: 1 of ")
 
 
-@pytest.mark.parametrize("groups", [None, 2])
-def test_the_check_of_evaluation_uses_the_running_statistics(groups):
-    case = cases.Case("own", (2, 4, 5, 5), "float32", "contiguous", groups)
+@pytest.mark.parametrize(
+    ("groups", "activation", "pre_activation"), [(None, "relu6", None), (None, None, "relu6"), (2, "relu6", None)]
+)
+def test_the_check_of_evaluation_uses_the_running_statistics(groups, activation, pre_activation):
+    case = cases.Case("own", (2, 4, 5, 5), "float32", "contiguous", groups, activation, pre_activation=pre_activation)
     inputs, statistics = cases.inputs(case), providers.statistics(case, "cpu")
     layer = providers.eager(case, "cpu", False)
     y = layer.run(inputs.x).detach()
@@ -299,6 +309,7 @@ def test_floor_bytes():
 def test_cases_cover_the_table():
     assert len(cases.select(["batch_norm"])) == 12 * 2 * 2
     assert len(cases.select(["group_norm"])) == 3 * 2
+    assert {case.layer for case in cases.select(["pre_activation"])} == {"relu6 + BatchNorm"}
     assert [case.form for case in cases.select(["tiny"])] == ["functional", "module"]
     assert len(set(cases.select(cases.DEFAULT_FAMILIES["cpu"]))) == 48 + 6 + 2
     on_gpu = set(cases.select(["batch_norm"], batches=(32, 128, 256), device_type="cuda"))
