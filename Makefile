@@ -1,6 +1,6 @@
 # make build       into .venv, editable, and nothing more; TORCH=2.10.0 or TORCH=newest for another torch than the pinned
 # make demo        train a MobileNetV2 with and without normfused, and compare
-# make test        build, and run the tests
+# make test        build, and run the tests; ARGUMENTS=--all for every parametrisation, and what takes minutes
 # make lint        ruff, mypy, clang-format and actionlint; make format applies what can be
 # make bench       the microbenchmark of README.md
 # make conformance count what the tests prove, backend by backend: docs/conformance.md, docs/accuracy.md
@@ -62,18 +62,18 @@ cuda: .venv-cuda/built
 demo: build
 	$(BIN)/python -m bench demo
 
-# Two processes: most tests keep one core busy. One file in one of them, for what its tests share.
+# Two processes: most tests keep one core busy.
 test: build
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGUMENTS)
 
 conformance: build
-	$(BIN)/python -m pytest -p tests.conformance
+	$(BIN)/python -m pytest --all -p tests.conformance
 
 triton: build
-	$(BIN)/python -m pytest tests/test_triton.py
+	$(BIN)/python -m pytest --all tests/test_triton.py
 
 emulator: build
-	$(BIN)/python -m pytest tests/test_emulator.py tests/test_cuda_kernels.py tests/test_cuda_sanitizers.py
+	$(BIN)/python -m pytest --all tests/test_emulator.py tests/test_cuda_kernels.py tests/test_cuda_sanitizers.py
 
 sanitize: build
 	.ci/sanitize

@@ -23,7 +23,7 @@ from .providers import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 _TESTS = (
-    *("-m", "pytest", "-m", "cuda", "-v", "--tb=short", "--color=no"),
+    *("-m", "pytest", "--all", "-m", "cuda", "-v", "--tb=short", "--color=no"),
     *("-o", "addopts=--strict-markers", "-p", "no:cacheprovider"),
 )
 _TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")

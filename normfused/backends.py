@@ -124,12 +124,15 @@ def _runs_on(arch: str, major: int, minor: int) -> bool:
     return built <= (major, minor) and (kind == "compute" or built[0] == major)
 
 
+_NO_TRITON = "triton is not installed; pip install triton"
+
+
 def _import_triton() -> str | None:
     """Import Triton's operators; returns why that cannot be, with the cure, or None."""
     if "triton" in OPERATORS:
         return None
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
+        return _NO_TRITON
     try:
         from . import triton
     except (ImportError, AttributeError) as error:
@@ -208,9 +211,13 @@ def _triton_info(devices: list[str], served: dict[str, str]) -> dict[str, Any]:
     why_not = None
     if not used:
         gpus = [device for device in devices if device in _TRITON_DEVICES]
-        why_not = _import_triton() or "there is no GPU here that Triton compiles for"
         if gpus:
             why_not = _why_not_triton(gpus[0]) or _preference(gpus[0])[1] or "the extension serves this GPU"
+        elif installed is None:
+            why_not = _NO_TRITON
+        else:
+            # Nothing is imported to find that out: Triton's operators bring torch's compiler, which takes seconds.
+            why_not = "there is no GPU here that Triton compiles for"
     return {"installed": installed, "used": used, "why_not": why_not}
 
 

@@ -1,8 +1,8 @@
 """A pytest plugin that counts, by check and backend, what the tests of a drop-in replacement's promises prove.
 
-``python -m pytest -p tests.conformance`` runs them and writes docs/conformance.md and docs/accuracy.md; every number
-comes from the run. Tests marked stricter_than_native run on PyTorch's own operators too, where they are expected to
-fail.
+``python -m pytest --all -p tests.conformance`` runs them and writes docs/conformance.md and docs/accuracy.md; every
+number comes from the run. Tests marked stricter_than_native run on PyTorch's own operators too, where they are expected
+to fail.
 """
 
 import datetime

@@ -1,6 +1,7 @@
 """The backends that every test runs on."""
 
 import contextlib
+import gc
 import itertools
 import os
 import zlib
@@ -15,6 +16,7 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import emulated_operators
+import helpers
 
 import normfused
 from normfused import backends
@@ -44,12 +46,26 @@ SLOW = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="every parametrisation of the tests, and those marked thorough: not in minutes",
+    )
+
+
 def pytest_configure(config):
     # For small tensors a second thread costs more than it helps; on a busy machine ten times more. Tests of
     # threads choose their own number.
     torch.set_num_threads(1)
+    helpers.everything = config.getoption("all")
     for name, meaning in SLOW.items():
         config.addinivalue_line("markers", f"{name}: {meaning}; runs with -m {name} only")
+    config.addinivalue_line(
+        "markers",
+        "thorough(interpreted=False): takes long for what it adds; runs with --all only. interpreted=True: where the "
+        "kernels are interpreted, that is",
+    )
     config.addinivalue_line(
         "markers",
         "stricter_than_native(reason): the pinned behaviour goes beyond PyTorch's own, so the backend "
@@ -69,32 +85,57 @@ def pytest_collection_modifyitems(config, items):
             for item in items:
                 if item.get_closest_marker(name):
                     item.add_marker(pytest.mark.skip(reason=f"{meaning}: pytest -m {name}"))
-    for item in items if _NO_GPU else ():
-        if item.get_closest_marker("cuda"):
+    for item in items:
+        if _NO_GPU and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=_NO_GPU))
-    slow = {"emulated"}
-    if WHY_NOT["triton"] is None and backends.OPERATORS["triton"].INTERPRETED:
-        slow.add("triton")
-    _choose_for_interpreters(config, items, slow)
+        if not config.getoption("all") and any(
+            _is_interpreted(item) or not mark.kwargs.get("interpreted") for mark in item.iter_markers("thorough")
+        ):
+            item.add_marker(pytest.mark.skip(reason="takes long for what it adds: pytest --all"))
+    chosen = _covering(items, config.getoption("all"))
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
 
 
-def _choose_for_interpreters(config, items, backend_names):
-    """They take milliseconds for what a kernel does in microseconds: of each test's parametrisations they run those in
-    which two parameters have values that they did not have together before."""
+def pytest_collection_finish():
+    # Tens of thousands of tests, and torch's own: not to be gone through again at each collection of garbage.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
+def _parameters(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _is_interpreted(item):
+    """Whether a test's kernels are: milliseconds for what a processor does in microseconds."""
+    return helpers.interpreted(_parameters(item).get("backend"))
+
+
+def _covering(items, everything):
+    """Of each test the parametrisations in which some of its parameters have values that they did not have together
+    before: two of them, or one where kernels are interpreted or PyTorch's own operators serve. With --all every
+    parametrisation, but still pairs where kernels are interpreted. What needs a GPU is never left out."""
     chosen, seen = set(), {}
     # In an order that only looks random, so that the parameters do not change one at a time.
     for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
-        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") not in backend_names:
+        parameters, interpreted = _parameters(item), _is_interpreted(item)
+        if not parameters or item.get_closest_marker("cuda") or (everything and not interpreted):
             chosen.add(item)
             continue
-        values = seen.setdefault((item.path, item.originalname, item.callspec.params["backend"]), set())
-        parameters = sorted((name, repr(value)) for name, value in item.callspec.params.items())
-        new = set(itertools.combinations_with_replacement(parameters, 2)) - values
+        backend = parameters.get("backend")
+        together = 1 if not everything and (interpreted or backend == "torch") else 2
+        values = seen.setdefault((item.path, item.originalname, backend), set())
+        named = sorted((name, repr(value)) for name, value in parameters.items())
+        new = set(itertools.combinations_with_replacement(named, together)) - values
         if new:
             values |= new
             chosen.add(item)
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = [item for item in items if item in chosen]
+    return chosen
 
 
 # Where there is a GPU, ours once more on it.

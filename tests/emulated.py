@@ -1,10 +1,14 @@
 """The CUDA kernels on the CPU: compiled with the emulator into a library, and called by ctypes."""
 
 import ctypes
+import functools
+import hashlib
 import os
 import shlex
 import shutil
 import subprocess
+import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
@@ -121,6 +125,46 @@ def compile_one(folder, root, flags, source):
     include = f"-I{root / 'tests/emulator'}"
     compile_with(*flags, "-DNORMFUSED_EMULATOR", include, "-x", "c++", "-c", source, "-o", target)
     return target
+
+
+def build_folder():
+    """Of what is compiled for all tests: what it is made of is in its name, so that nothing in it is ever too old."""
+    made_of = hashlib.sha256(f"{torch.__version__} {sys.version}".encode())
+    made_of.update(subprocess.run([*COMPILER, "--version"], capture_output=True).stdout)
+    sources = [*Path(__file__).parent.glob("emulated*.py")]
+    for folder in ("csrc/kernels", "csrc/torch", "tests/emulator"):
+        sources += (path for path in (ROOT / folder).rglob("*") if path.is_file())
+    for path in sorted(sources):
+        made_of.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return ROOT / "build/emulator" / made_of.hexdigest()[:16]
+
+
+def once(name, make):
+    """What ``make(folder)`` builds in a folder of this name, by the first process that asks for it, in this run of the
+    tests or an earlier one: the others wait."""
+    import fcntl  # not on Windows, where conftest.py is read too
+
+    parent = build_folder()
+    for other in parent.parent.glob("*"):
+        if other != parent:
+            shutil.rmtree(other, ignore_errors=True)
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / name
+    with (parent / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            unfinished = Path(tempfile.mkdtemp(dir=parent))
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+@functools.cache
+def built():
+    """The library of the kernels, and the emulator's object."""
+    compiler_or_skip()
+    folder = once("kernels", build)
+    return folder / "libkernels.so", folder / "emulator.o"
 
 
 def build(folder, flags=("-O1",), emulator=None):

@@ -6,7 +6,6 @@ import types
 
 import emulated
 import torch
-from kernel_cases import built
 from torch.utils import cpp_extension
 
 from normfused import ops
@@ -21,27 +20,24 @@ def why_not():
     return None if shutil.which(emulated.COMPILER[0]) else f"no C++ compiler ({emulated.COMPILER[0]}) was found"
 
 
-def build_binding():
-    kernels = built()[0]
-    here, objects = kernels.parent / "binding", []
-    here.mkdir()
+def build_binding(folder):
+    kernels, objects = emulated.built()[0], []
     flags = ["-O1", "-DNORMFUSED_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()] + ["-fvisibility=hidden"]
     binding = emulated.ROOT / "csrc/torch"
     sources = [*binding.glob("*.cpp"), binding / "cuda/device.cpp", emulated.ROOT / "tests/emulator/library.cpp"]
     for source in sources:
-        objects.append(here / f"binding_{source.stem}.o")
+        objects.append(folder / f"{source.stem}.o")
         emulated.compile_with(*flags, "-c", source, "-o", objects[-1])
-    library = here / "liboperators.so"
+    library = folder / "liboperators.so"
     torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
     emulated.compile_with("-shared", *objects, kernels, *torch_libraries, f"-Wl,-rpath,{kernels.parent}", "-o", library)
-    return library
 
 
 @functools.cache
 def operators():
     """What normfused.ops is to the extension."""
-    torch.ops.load_library(build_binding())
+    torch.ops.load_library(emulated.once("binding", build_binding) / "liboperators.so")
     for name in NAMES:
         torch.library.register_fake(f"normfused_emulated::{name}", getattr(ops, f"fake_{name}"))
     namespace = torch.ops.normfused_emulated

@@ -29,6 +29,15 @@ TOLERANCE = {
     torch.float16: (2e-3, 1e-3),
 }
 
+# Whether pytest was given --all: conftest.py sets it, before a test module is read.
+everything = False
+
+
+def examples(number):
+    """How many random examples are tried: a sixth of ``number`` without --all."""
+    return number if everything else max(number // 6, 1)
+
+
 training_or_eval = pytest.mark.parametrize("training", [True, False], ids=("train", "eval"))
 
 

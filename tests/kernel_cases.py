@@ -1,12 +1,9 @@
 """Calls of the CUDA kernels under the emulator, each checked against the float64 formulas."""
 
-import functools
-import tempfile
-from pathlib import Path
 from unittest import mock
 
 import torch
-from emulated import PATH_NAMES, SCHEDULES, build, compiler_or_skip
+from emulated import PATH_NAMES, SCHEDULES
 from emulated import limits as device_limits
 
 from normfused import reference
@@ -33,19 +30,6 @@ SMALL_DEVICES = (
 
 # One of each kind.
 HELD_SELECTION = (("contiguous", (3, 4, 300)), ("contiguous", (17, 8, 7)), ("channels_last", (2, 32, 33)))
-
-
-@functools.cache
-def folder():
-    """Of what is compiled once for all tests."""
-    return tempfile.TemporaryDirectory()
-
-
-@functools.cache
-def built():
-    """The library of the kernels, and the emulator's object."""
-    compiler_or_skip()
-    return build(Path(folder().name))
 
 
 def randn(*shape, seed=0):

@@ -45,6 +45,7 @@ def test_the_wheel_holds_the_benchmarks_below_normfused(wheel):
     assert "normfused-bench = normfused.bench.__main__:main" in points
 
 
+@pytest.mark.thorough
 def test_the_installed_command_runs_without_a_checkout(wheel, tmp_path):
     installed = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
@@ -76,6 +77,7 @@ def test_the_installed_command_runs_without_a_checkout(wheel, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", ["ops", "memory"])
 def test_ctrl_c_keeps_what_was_measured_and_resuming_goes_on(command, tmp_path):
     options = {

@@ -102,7 +102,8 @@ def operators_of(backend, dtype, layout):
 
 
 @training_or_eval
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.thorough(interpreted=True)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.thorough)])
 def test_compile_with_dynamic_shapes(backend, training, compiler):
     """No break, eager's numbers, and one graph for every batch and size (but for inductor's own guards)."""
     if compiler == "inductor" and backend != "extension":

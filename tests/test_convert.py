@@ -33,6 +33,7 @@ from normfused.convert import FusedActivation, Site
 # The numbers
 
 
+@pytest.mark.thorough(interpreted=True)
 @every_model
 def test_converted_model_trains_the_same(build, backend):
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from emulated import ACTIVATIONS, DTYPES, FORMATS, PATH_NAMES, SCHEDULES, Kernels
+from emulated import ACTIVATIONS, DTYPES, FORMATS, PATH_NAMES, SCHEDULES, Kernels, built
 from emulated import limits as device_limits
 from kernel_cases import (
     EPS,
@@ -13,7 +13,6 @@ from kernel_cases import (
     Case,
     batch_norm_forward,
     blank,
-    built,
     check_kinks,
     prepare,
     randn,

@@ -11,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from emulated import COMPILER, DTYPES, FORMATS, ROOT, SCHEDULES, SOURCES, build, rebuild
+from emulated import COMPILER, DTYPES, FORMATS, ROOT, SCHEDULES, SOURCES, build, built, rebuild
 from kernel_cases import (
     HELD_SELECTION,
     ON_CHIP,
     SMALL_DEVICES,
     SMALL_L2,
     Case,
-    built,
     check_kinks,
     prepare,
     run_batch_norm,
@@ -147,6 +146,7 @@ def patched(folder, file, old, new):
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutation_is_found(mutation, tmp_path):
     file, source, old, new = MUTATIONS[mutation]
@@ -184,6 +184,7 @@ def sanitizer_runtime(name):
     return found
 
 
+@pytest.mark.thorough
 def test_address_and_undefined_behaviour_sanitizers(tmp_path):
     runtime = sanitizer_runtime("libasan.so")
     library, _ = build(
@@ -198,6 +199,7 @@ def races(kernels):
     held(kernels, ("two_kernels", *ON_CHIP))
 
 
+@pytest.mark.thorough
 def test_thread_sanitizer(tmp_path):
     """A race is one whatever the schedule: the emulator tells ThreadSanitizer what orders threads and nothing else."""
     runtime = sanitizer_runtime("libtsan.so")

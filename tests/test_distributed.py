@@ -495,7 +495,9 @@ WRAPPERS = {"DDP": nn.parallel.DistributedDataParallel, "FSDP2": fully_shard}
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
-@pytest.mark.parametrize(("world_size", "recompute"), [(2, False), (2, True), (4, False)])
+@pytest.mark.parametrize(
+    ("world_size", "recompute"), [(2, False), (2, True), pytest.param(4, False, marks=pytest.mark.thorough)]
+)
 def test_training_a_model(pools, wrap, world_size, recompute):
     ranks = pools[world_size]
     torch.manual_seed(0)

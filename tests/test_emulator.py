@@ -44,7 +44,10 @@ def emulator_object(tmp_path_factory):
     return target
 
 
-@pytest.fixture(scope="module", params=SANITIZERS)
+SANITIZED = (pytest.param(name, marks=pytest.mark.thorough) for name in ("address", "thread"))
+
+
+@pytest.fixture(scope="module", params=["none", *SANITIZED])
 def self_test(request, emulator_object):
     """Runs self_test.cu, compiled with a sanitizer, and returns its name and the completed process."""
     flags = SANITIZERS[request.param]
@@ -85,6 +88,7 @@ def test_a_mistake_is_found(self_test, mistake):
         assert schedules == ["together", "warp", "warp, last first", "random 1", "random 2"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_nvcc_compiles_the_same_source_without_a_warning(architecture, tmp_path):
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")

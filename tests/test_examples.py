@@ -45,6 +45,7 @@ def test_checkpointing(example):
         assert torch.equal(other_var, running_var)
 
 
+@pytest.mark.thorough
 def test_ddp(example):
     model, untrained = example("ddp").main(), example("data").network()
     assert not torch.equal(model[0][0].weight, untrained[0][0].weight)

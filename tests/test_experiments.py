@@ -96,7 +96,7 @@ def histories(content):
     }
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, Cut])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, pytest.param(Cut, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(("name", "batches"), [("placement", 7), ("inference", 5)])
 def test_resumed_is_as_uninterrupted(name, batches, stop, tmp_path, monkeypatch):
     _, whole = run(name, tmp_path / "whole")

@@ -26,6 +26,7 @@ def batch_norm(c=96, size=112, dtype="float32", **options):
 # The run
 
 
+@pytest.mark.thorough
 def test_a_run_without_a_gpu(tmp_path, capsys):
     status = main(["gpu", "--device", "cpu", "--no-build", "--out", str(tmp_path)])
     out = capsys.readouterr().out
@@ -85,11 +86,12 @@ def test_a_part_that_fails_fails_the_run_and_says_why(run):
     assert "| slow part | failed | status 1: error: no nvcc |" in (run.out / "report.md").read_text()
 
 
+@pytest.mark.thorough
 def test_a_part_without_end_is_stopped_and_keeps_what_it_wrote(run):
     code = "import time\nprint('tests/test_x.py::test_a PASSED', flush=True)\nwhile True: time.sleep(0.1)"
     run.end = time.monotonic() + 10
     begin = time.monotonic()
-    assert run.part("endless", script(code), 6, gpu.judge_tests) == "cut"
+    assert run.part("endless", script(code), 5, gpu.judge_tests) == "cut"
     assert time.monotonic() - begin < 15
     assert run.report.parts[-1]["outcome"] == "1 passed, then out of time"
     run.end = time.monotonic()

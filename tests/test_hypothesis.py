@@ -1,7 +1,7 @@
 """Random calls of every operator, forward and backward, against float64.
 
-300 for each family and dtype; ``--hypothesis-profile=deep`` makes it 5,000, and new ones every time. A failure is
-shrunk, and printed with the command that repeats it.
+50 for each family and dtype, 300 with --all; ``--hypothesis-profile=deep`` makes it 5,000, and new ones every time. A
+failure is shrunk, and printed with the command that repeats it.
 """
 
 import inspect
@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, FLOATS, in_layout, interpreted, layouts, names, randn
+from helpers import ACTIVATIONS, FLOATS, examples, in_layout, interpreted, layouts, names, randn
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from test_accuracy import check_batch_norm, check_group_norm
@@ -148,7 +148,7 @@ def explore(check, dtype, backend, **strategies):
     )
     deep = settings.get_current_profile_name() == "deep"
     chosen = settings(
-        max_examples=(100 if slow else 5000) if deep else (8 if slow else 300),
+        max_examples=(100 if slow else 5000) if deep else examples(12 if slow else 300),
         derandomize=not deep,
         database=None,
         deadline=None,
@@ -170,7 +170,7 @@ def test_batch_norm(backend, dtype, record_property):
         pytest.skip("native's error is what the others are measured with")
     ran = explore(batch_norm, dtype, backend, shape=shapes(sizes(backend)), **COMMON, **BATCH_NORM)
     record_property("cases", ran)
-    assert ran >= (8 if interpreted(backend) else 300)
+    assert ran >= examples(12 if interpreted(backend) else 300)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=names)
@@ -179,7 +179,7 @@ def test_group_norm(backend, dtype, record_property):
         pytest.skip("native's error is what the others are measured with")
     ran = explore(group_norm, dtype, backend, shape=shapes(sizes(backend)), **COMMON, **GROUP_NORM)
     record_property("cases", ran)
-    assert ran >= (8 if interpreted(backend) else 300)
+    assert ran >= examples(12 if interpreted(backend) else 300)
 
 
 # What it found: the call, as it was printed, and what was wrong.

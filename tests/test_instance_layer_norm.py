@@ -173,6 +173,7 @@ def test_empty_layer_norm(backend, shape):
     assert_same(ours.weight.grad, native.weight.grad)
 
 
+@pytest.mark.thorough(interpreted=True)
 @activations
 @pytest.mark.parametrize("norm", ["instance", "instance_tracked", "layer"])
 def test_gradgrad(backend, norm, activation):
@@ -278,6 +279,7 @@ def test_checkpointed_layers_update_their_statistics_once(backend):
     assert torch.equal(layer.running_var, once.running_var)
 
 
+@pytest.mark.thorough(interpreted=True)
 @pytest.mark.parametrize("dtype", FLOATS[2:], ids=names)
 def test_16_bit_layer_norm_gradients_are_no_worse_than_natives(backend, dtype):
     x, dy = randn(128, 5, 5, dtype=dtype), randn(128, 5, 5, dtype=dtype, seed=1)

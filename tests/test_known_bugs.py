@@ -250,6 +250,7 @@ def test_apex_group_norm_of_256_samples_and_640_channels_divides_by_zero(backend
     check_group_norm(randn(*shape).requires_grad_(), groups, weight, bias, "silu")
 
 
+@pytest.mark.thorough(interpreted=True)
 @pytest.mark.parametrize("batch", [128, 129, 256, 1024])
 @formats
 def test_pytorch_178872_dweight_of_group_norm_for_more_than_128_samples(backend, batch, channels_last):

@@ -1,6 +1,7 @@
 """Launch plans of the CUDA kernels: every element once, within the limits of each device."""
 
 import pytest
+from helpers import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -102,7 +103,7 @@ def check_on_chip(plan, request, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=examples(2000), deadline=None)
 @given(request=requests())
 def test_a_plan_covers_every_element_once_within_the_limits(device, request):
     plan, limits = C.launch_plan(**request, device=device), DEVICES[device]

@@ -10,6 +10,10 @@ import pytest
 from normfused import ops
 
 ROOT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.skipif(not ops.LOADED, reason=str(ops.WHY_NOT)),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallinfo2 is glibc's"),
+]
 
 # What the allocator counts as in use, to the byte; small blocks of Python's own come from arenas that it keeps.
 PROGRAM = """
@@ -70,11 +74,13 @@ def growth(leak):
     return int(result.stdout)
 
 
-@pytest.mark.skipif(not ops.LOADED, reason=str(ops.WHY_NOT))
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallinfo2 is glibc's")
+@pytest.mark.thorough
 def test_a_thousand_calls_leak_nothing():
     """pytorch#191340: 48 bytes with every string argument, in torch before 2.14."""
     # autograd's own tables grow at first; an object that every call keeps would show.
     assert abs(growth(leak=0)) < 24_000
-    # And does: an empty string's.
+
+
+@pytest.mark.thorough
+def test_a_leak_of_an_empty_string_would_show():
     assert growth(leak=32) >= 32_000

@@ -268,6 +268,7 @@ def fused_and_plain():
     return fused, plain
 
 
+@pytest.mark.thorough(interpreted=True)
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 def test_compile(backend, compiler):
     """Two steps of training and an evaluation without a graph break: native's numbers, buffers included."""

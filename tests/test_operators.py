@@ -471,6 +471,7 @@ def test_the_operator_library_uses_only_the_stable_abi():
     assert not unstable
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["batch_norm", "group_norm"])
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 def test_vector_code_exports_only_entry_points(instruction_set, family, tmp_path):

@@ -85,7 +85,7 @@ def test_inductor_copies_nothing_around_a_layer():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.thorough), False])
 def test_export_and_its_round_trip(models, training, strict):
     model, native = (model.train(training) for model in models)
     batch = {0: torch.export.Dim("batch", min=2, max=64)}
@@ -121,6 +121,7 @@ def test_export_with_gradients(models):
 
 
 @ours
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++")
 def test_aot_inductor_in_a_process_that_has_only_the_operators(tmp_path):
     torch.manual_seed(0)

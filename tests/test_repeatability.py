@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CHANNELS_LAST, interpreted, names, randn
+from helpers import CHANNELS_LAST, examples, interpreted, names, randn
 
 from normfused.functional import batch_norm_act, group_norm_act
 
@@ -37,17 +37,17 @@ def operands(shape, channels_last):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=names)
-def test_a_thousand_repeats_are_bitwise_equal(backend, shape, channels_last, two_threads, record_property):
+def test_repeats_are_bitwise_equal(backend, shape, channels_last, two_threads, record_property):
     """On two threads; what they are compared with was computed on one."""
     if backend == "torch":
         pytest.skip("PyTorch's own operators: theirs to promise")
     # Interpreted, a repeat takes a second, and programs run one after another anyway.
-    repeats = 2 if interpreted(backend) else 1000
+    repeats = 2 if interpreted(backend) else examples(1000)
     if interpreted(backend):
         shape = (3, *shape[1:2], *(min(size, 9) for size in shape[2:]))
     elif channels_last:
-        # A thousand in one of the two formats.
-        repeats = 50
+        # As many in one of the two formats.
+        repeats //= 20
     arguments = operands(shape, channels_last)
     torch.set_num_threads(1)
     first = step(*arguments)

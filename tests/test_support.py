@@ -200,6 +200,7 @@ def test_the_matrix_has_these_rows():
     assert {row for row, _ in _table()} == set(ROWS)
 
 
+@pytest.mark.thorough(interpreted=True)
 @pytest.mark.parametrize("row", ROWS)
 def test_cell(row, backend):
     names = ROWS[row]()

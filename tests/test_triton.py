@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WHY_NOT
-from helpers import names, randn
+from helpers import everything, names, randn
 
 import normfused
 from normfused import backends, native, ops, reference
@@ -128,7 +128,10 @@ def test_batch_norm_of_odd_sizes(shape):
 
 
 # One program, several, split; a tile that is not full must not count the activation of what is not there.
-@pytest.mark.parametrize("shape", [(5, 3), (3, 7, 49), (3, 33, 7, 7), (2, 1, 4099), (2, 2, 65, 64)], ids=names)
+SHAPES_OF_PRE_ACTIVATION = ((5, 3), (3, 7, 49), (3, 33, 7, 7), (2, 1, 4099), (2, 2, 65, 64))
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_PRE_ACTIVATION[: None if everything else 2], ids=names)
 @pytest.mark.parametrize("pre_activation", native.ACTIVATIONS)
 def test_pre_activation(shape, pre_activation):
     for channels_last in formats_of(shape):
@@ -215,6 +218,7 @@ def test_a_wrong_mask_is_noticed(name, tmp_path, monkeypatch):
         check()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_64_bit_offsets_give_the_same_bits(memory_format, monkeypatch):
     def everything():
@@ -524,6 +528,7 @@ def run_without_interpreter(*arguments, **environment):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="Triton compiles here")
+@pytest.mark.thorough
 def test_without_a_gpu_or_the_interpreter():
     """The import leaves triton and CUDA alone; asking for Triton on the CPU says what it takes."""
     result = run_without_interpreter(
@@ -592,7 +597,10 @@ def test_compile_sees_the_kernels():
     assert "assuming every input is mutated" not in result.stderr
 
 
-@pytest.mark.parametrize("target", [("cuda", "80"), ("cuda", "90"), ("hip", "gfx942")], ids="".join)
+THOROUGH = (pytest.param(target, marks=pytest.mark.thorough) for target in (("cuda", "90"), ("hip", "gfx942")))
+
+
+@pytest.mark.parametrize("target", [("cuda", "80"), *THOROUGH], ids="".join)
 def test_every_kernel_compiles_for(target, tmp_path):
     """Offline: Triton brings its own assembler."""
     result = run_without_interpreter("tests/triton_targets.py", *target, TRITON_CACHE_DIR=str(tmp_path))
