@@ -118,8 +118,9 @@ def _is_interpreted(item):
 
 def _covering(items, everything):
     """Of each test the parametrisations in which some of its parameters have values that they did not have together
-    before: two of them, or one where kernels are interpreted or PyTorch's own operators serve. With --all every
-    parametrisation, but still pairs where kernels are interpreted. What needs a GPU is never left out."""
+    before: two of them, or one, in all tests of a file, where kernels are interpreted or PyTorch's own operators serve.
+    With --all every parametrisation, but still pairs where kernels are interpreted. What needs a GPU is never left out.
+    """
     chosen, seen = set(), {}
     # In an order that only looks random, so that the parameters do not change one at a time.
     for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
@@ -129,9 +130,10 @@ def _covering(items, everything):
             continue
         backend = parameters.get("backend")
         together = 1 if not everything and (interpreted or backend == "torch") else 2
-        values = seen.setdefault((item.path, item.originalname, backend), set())
+        values = seen.setdefault((item.path, backend, item.originalname if together == 2 else None), set())
         named = sorted((name, repr(value)) for name, value in parameters.items())
-        new = set(itertools.combinations_with_replacement(named, together)) - values
+        # The name, too: no test is left out.
+        new = {item.originalname, *itertools.combinations_with_replacement(named, together)} - values
         if new:
             values |= new
             chosen.add(item)

@@ -28,7 +28,7 @@ from normfused import backends, native, reference
 from normfused.functional import batch_norm_act, group_norm_act
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHANNELS = (1, 2, 3, 5, 7, 31, 33, 64, 65, 129)
+CHANNELS = (1, 2, 3, 5, 7, 31, 33, 64, 65, 129)[:: 1 if everything else 2]
 SPATIAL = {
     1: ((), (1,), (1, 1), (1, 1, 1)),
     2: ((2,), (2, 1), (1, 2, 1)),

@@ -478,6 +478,7 @@ def test_share_of_normalisation():
     assert max(shares) > 0.5
 
 
+@pytest.mark.thorough
 def test_a_short_demo(tmp_path, capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

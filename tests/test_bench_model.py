@@ -20,6 +20,7 @@ def small_models(monkeypatch):
     monkeypatch.setitem(normfused.recompute_activations.__wrapped__.__kwdefaults__, "min_bytes", 0)
 
 
+@pytest.mark.thorough
 def test_model_measures_every_variant_on_a_small_one(small_models, tmp_path):
     arguments = ["model", "--size", "32", "--batch", "2", "--steps", "2", "--layout", "contiguous"]
     variants = [name for name in model.VARIANTS if "compile" not in name]

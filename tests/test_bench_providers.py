@@ -158,7 +158,9 @@ for size in (3, 40):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
-@pytest.mark.parametrize(("policy", "new_pages"), [("fresh", "True"), ("kept", "False")])
+@pytest.mark.parametrize(
+    ("policy", "new_pages"), [("fresh", "True"), pytest.param("kept", "False", marks=pytest.mark.thorough)]
+)
 def test_where_the_memory_of_results_comes_from(policy, new_pages):
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", _FAULTS, policy]

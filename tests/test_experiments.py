@@ -125,6 +125,7 @@ def test_resumed_is_as_uninterrupted(name, batches, stop, tmp_path, monkeypatch)
         assert a == b
 
 
+@pytest.mark.thorough
 def test_what_is_finished_is_not_computed_again(tmp_path, monkeypatch):
     _, first = run("family", tmp_path)
     monkeypatch.setattr(data.Images, "stream", lambda *_: iter(()))

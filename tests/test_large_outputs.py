@@ -36,6 +36,8 @@ CASES = {
     "split_columns, panels": (963, (11, 7), True),
     "columns, channels_last": (4 * 1031, (1, 2), True),
 }
+THOROUGH = ("split_planes", "split_columns, wide rows", "columns, channels_last")
+SOME = [pytest.param(case, marks=pytest.mark.thorough if case in THOROUGH else ()) for case in CASES]
 
 
 def inputs(channels, spatial, channels_last, dtype):
@@ -67,7 +69,7 @@ def run(x, residual, dy, weight, bias):
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME)
 def test_equal_to_small_ones(case, dtype, with_residual):
     """Channel by channel, what the same channels give as a tensor that stays in the caches."""
     x, residual, dy = inputs(*CASES[case], dtype)
@@ -88,10 +90,7 @@ def test_equal_to_small_ones(case, dtype, with_residual):
             assert wrong.double().mean() <= 1e-3, (what, c)
 
 
-THOROUGH = ("split_planes", "split_columns, wide rows", "columns, channels_last")
-
-
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.thorough if c in THOROUGH else ()) for c in CASES])
+@pytest.mark.parametrize("case", SOME)
 def test_nothing_is_written_beside_them(case):
     """Every element of y and dx is written, whatever was in that memory before, by one thread as by two."""
     x, residual, dy = inputs(*CASES[case], torch.float32)
@@ -122,7 +121,7 @@ GROUP_CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.thorough)], ids=names)
 @pytest.mark.parametrize("case", GROUP_CASES)
 def test_group_norm(case, dtype):
     """Sample by sample, what the same sample gives alone, in the caches; by one thread as by two."""

@@ -49,7 +49,7 @@ def assert_close(actual, expected):
 # torch.compile
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_compiles_without_graph_breaks(models, training):
     for model in models:
         model.train(training)

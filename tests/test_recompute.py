@@ -514,7 +514,9 @@ def bytes_of(model, x, forward):
     return peak_memory(lambda: forward(model, x))
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize(
+    "channels_last", [pytest.param(False, marks=pytest.mark.thorough), True], ids=("contiguous", "channels_last")
+)
 def test_mobilenet_needs_35_percent_less(channels_last):
     native_model = MobileNetV2(width=0.5).requires_grad_()
     x = randn(8, 3, 64, 64)

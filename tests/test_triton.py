@@ -202,6 +202,7 @@ MUTATIONS = {
 @pytest.mark.skipif(
     not getattr(WHY_NOT["triton"] or triton_ops, "INTERPRETED", False), reason="memory is checked on GPUs"
 )
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_mask_is_noticed(name, tmp_path, monkeypatch):
     right, wrong, check = MUTATIONS[name]
@@ -357,6 +358,7 @@ def test_schemas_are_those_of_the_extension(name):
     assert arguments(getattr(triton_ops, name)) == arguments(getattr(ops, name))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_opcheck_batch_norm_act(training, memory_format):
@@ -373,6 +375,7 @@ def test_opcheck_batch_norm_act(training, memory_format):
         )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_opcheck_group_norm_act(memory_format):
     x, dy, _, weight, bias, *_ = operands((3, 6, 4, 3))
@@ -589,6 +592,7 @@ print(len(seen), "graphs")
 """
 
 
+@pytest.mark.thorough
 def test_compile_sees_the_kernels():
     """fullgraph, traced with the operators that a GPU gets: torch.compile finds the kernels inside of them."""
     result = run_without_interpreter("-c", TRACE)
@@ -597,10 +601,8 @@ def test_compile_sees_the_kernels():
     assert "assuming every input is mutated" not in result.stderr
 
 
-THOROUGH = (pytest.param(target, marks=pytest.mark.thorough) for target in (("cuda", "90"), ("hip", "gfx942")))
-
-
-@pytest.mark.parametrize("target", [("cuda", "80"), *THOROUGH], ids="".join)
+@pytest.mark.thorough
+@pytest.mark.parametrize("target", [("cuda", "80"), ("cuda", "90"), ("hip", "gfx942")], ids="".join)
 def test_every_kernel_compiles_for(target, tmp_path):
     """Offline: Triton brings its own assembler."""
     result = run_without_interpreter("tests/triton_targets.py", *target, TRITON_CACHE_DIR=str(tmp_path))
