@@ -88,11 +88,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if _NO_GPU and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=_NO_GPU))
-        if not config.getoption("all") and any(
-            _is_interpreted(item) or not mark.kwargs.get("interpreted") for mark in item.iter_markers("thorough")
-        ):
-            item.add_marker(pytest.mark.skip(reason="takes long for what it adds: pytest --all"))
-    chosen = _covering(items, config.getoption("all"))
+    everything = config.getoption("all")
+    thorough = set() if everything else {item for item in items if _is_thorough(item)}
+    for item in thorough:
+        item.add_marker(pytest.mark.skip(reason="takes long for what it adds: pytest --all"))
+    # What is skipped covers nothing.
+    chosen = thorough | _covering([item for item in items if item not in thorough], everything)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 
@@ -114,6 +115,10 @@ def _parameters(item):
 def _is_interpreted(item):
     """Whether a test's kernels are: milliseconds for what a processor does in microseconds."""
     return helpers.interpreted(_parameters(item).get("backend"))
+
+
+def _is_thorough(item):
+    return any(_is_interpreted(item) or not mark.kwargs.get("interpreted") for mark in item.iter_markers("thorough"))
 
 
 def _covering(items, everything):
