@@ -38,13 +38,17 @@ help:
 
 build: $(VENV)/built
 
-# What compiles comes first, by itself: the build uses the installed torch (no isolation), and runs ninja.
+# What compiles comes first: the build uses the installed torch (no isolation), and runs ninja. What only runs the result
+# is installed meanwhile: pip keeps one core busy, and the first of the extensions to be compiled the other.
 $(VENV)/built: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	sed '$(PINS)' constraints.txt > $(VENV)/constraints.txt
+	grep -E '^(dependencies|test|demo) = ' pyproject.toml | grep -oE '"[^"]+"' | tr -d '"' > $(VENV)/requirements.txt
 	$(BIN)/python $(PIP) $(VENV)/constraints.txt torch setuptools wheel ninja
+	$(BIN)/python $(PIP) $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt & requirements=$$!; \
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PIP) $(VENV)/constraints.txt \
-		--no-build-isolation --editable '.[test,demo]'
+		--no-build-isolation --no-deps --editable . || failed=1; \
+	wait $$requirements && test -z "$$failed"
 	$(BIN)/python -m normfused
 	touch $@
 
