@@ -1,4 +1,4 @@
-// What the BatchNorm and GroupNorm drivers share: tile functions by activation, tasks, gradients of a stretch.
+// What the BatchNorm and GroupNorm drivers share: loops by activation, tasks, gradients of a stretch.
 #pragma once
 
 #include "../dispatch.h"
@@ -24,32 +24,89 @@ void group_moments_of(const element_t<X>* stored, int64_t rows, int64_t cols, in
 template <class Act, class T>
 constexpr bool kExpensive = Act::kExponential && sizeof(T) == sizeof(arithmetic_t<T>);
 
-// The loops that depend on the activations, for tensors of T: BatchNorm's with a residual and a pre_activation,
-// GroupNorm's without.
+// What a loop is compiled for. X: what x is read as.
+template <class Act_, Residual kResidual_, class X_>
+struct Variant {
+  using Act = Act_;
+  static constexpr Residual kResidual = kResidual_;
+  using X = X_;
+};
+
+// Calls f with the variant for tensors of T: BatchNorm's with a residual and a pre_activation, GroupNorm's without.
+template <class T, bool kBatchNorm, class F>
+void dispatch_variant(Activation activation, bool residual, Activation pre_activation, F&& f) {
+  if constexpr (kBatchNorm) {
+    // Without the others: cpu::fuses_pre_activation.
+    if (pre_activation == Activation::relu) return f(Variant<Identity, Residual::none, Preactivated<T, ReLU>>{});
+    if (pre_activation == Activation::relu6) return f(Variant<Identity, Residual::none, Preactivated<T, ReLU6>>{});
+  }
+  dispatch_activation(activation, [&](auto act) {
+    using Act = decltype(act);
+    if constexpr (kBatchNorm && Act::kExponential) {
+      f(Variant<Act, Residual::either, T>{});
+    } else {
+      if constexpr (kBatchNorm) {
+        if (residual) return f(Variant<Act, Residual::given, T>{});
+      }
+      f(Variant<Act, Residual::none, T>{});
+    }
+  });
+}
+
+// Loops over elements. `ahead` is where the elements are that are wanted next.
+template <class T, class P>
+using ApplyFunction = void (*)(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t stride,
+                               int64_t ahead, const P&);
+template <class T, class P>
+using BackwardFunction = void (*)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols,
+                                  int64_t stride, int64_t ahead, const P&);
+
+// The forward's loops that depend on the activations.
 template <class T, bool kBatchNorm>
-struct TileFunctions {
+struct ForwardFunctions {
+  using A = arithmetic_t<T>;
+  ApplyFunction<T, PlaneParameters<A>> apply_plane;
+  ApplyFunction<T, ColumnParameters<A>> apply_columns;
+  // BatchNorm's moments of x.
+  WelfordData (*plane_moments)(const T* x, int64_t n, int64_t next);
+  void (*group_moments)(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, RowReading reading,
+                        double* mean, double* m2);
+
+  ForwardFunctions(Activation activation, bool residual, Activation pre_activation = Activation::identity) {
+    dispatch_variant<T, kBatchNorm>(activation, residual, pre_activation, [this](auto variant) {
+      using V = decltype(variant);
+      apply_plane = apply_tile<typename V::Act, V::kResidual, typename V::X, PlaneParameters<A>>;
+      apply_columns = apply_tile<typename V::Act, V::kResidual, typename V::X, ColumnParameters<A>>;
+      if constexpr (kBatchNorm) {
+        plane_moments = plane_moments_of<typename V::X>;
+        group_moments = group_moments_of<typename V::X>;
+      }
+    });
+  }
+};
+
+// In the backward: what passes the identity is dy, whatever z is.
+template <class V>
+constexpr Residual kGradientResidual = V::kResidual;
+template <class X>
+constexpr Residual kGradientResidual<Variant<Identity, Residual::given, X>> = Residual::none;
+
+// The backward's.
+template <class T, bool kBatchNorm>
+struct BackwardFunctions {
   using A = arithmetic_t<T>;
   template <class P>
   struct Elementwise {
-    // `ahead` is where the elements are that are wanted next.
-    void (*apply)(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t stride, int64_t ahead,
-                  const P&);
-    // dx in training (through the statistics) and in evaluation.
-    void (*backward)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols, int64_t stride,
-                     int64_t ahead, const P&);
-    void (*backward_frozen)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols,
-                            int64_t stride, int64_t ahead, const P&);
-    // dz; with a residual, or where keeps_gradient.
-    void (*gradient)(const T* x, const T* dy, const T* residual, T* dz, int64_t rows, int64_t cols, int64_t stride,
-                     const P&);
+    // dx through the statistics, and without them: dz times the parameter `outer`.
+    BackwardFunction<T, P> backward, backward_frozen;
 
-    template <class Act, bool kResidual, class X>
+    template <class V>
     void set() {
-      apply = apply_tile<Act, kResidual, X, P>;
       constexpr Statistics kStatistics = kBatchNorm ? Statistics::batch : Statistics::group;
-      backward = backward_tile<Act, kResidual, kStatistics, X, P>;
-      if constexpr (kBatchNorm) backward_frozen = backward_tile<Act, kResidual, Statistics::frozen, X, P>;
-      if constexpr (kResidual || kExpensive<Act, T>) gradient = gradient_tile<Act, kResidual, T, P>;
+      backward = backward_tile<typename V::Act, kGradientResidual<V>, kStatistics, typename V::X, P>;
+      if constexpr (kBatchNorm) {
+        backward_frozen = backward_tile<typename V::Act, kGradientResidual<V>, Statistics::frozen, typename V::X, P>;
+      }
     }
   };
   Elementwise<PlaneParameters<A>> plane;
@@ -58,48 +115,18 @@ struct TileFunctions {
                      double& s, double& d);
   void (*column_sums)(const T* x, const T* dy, const T* residual, int64_t rows, int64_t cols, int64_t stride,
                       RowReading reading, const ColumnParameters<A>&, A* s, A* d);
-
-  // BatchNorm's moments of x.
-  WelfordData (*plane_moments)(const T* x, int64_t n, int64_t next);
-  void (*group_moments)(const T* x, int64_t rows, int64_t cols, int64_t group, int64_t stride, RowReading reading,
-                        double* mean, double* m2);
-
   // Whether dz is worth keeping from one pass to the next, as a T.
-  bool keeps_gradient = false;
+  bool keeps_gradient;
 
-  TileFunctions(Activation activation, bool residual, Activation pre_activation = Activation::identity) {
-    if constexpr (kBatchNorm) {
-      // Without the others: cpu::fuses_pre_activation.
-      if (pre_activation == Activation::relu) {
-        set<Identity, false, Preactivated<T, ReLU>>();
-        return;
-      }
-      if (pre_activation == Activation::relu6) {
-        set<Identity, false, Preactivated<T, ReLU6>>();
-        return;
-      }
-    }
-    dispatch_activation(activation, [&](auto act) {
-      using Act = decltype(act);
-      if constexpr (kBatchNorm) {
-        if (residual) return set<Act, true, T>();
-      }
-      set<Act, false, T>();
+  BackwardFunctions(Activation activation, bool residual, Activation pre_activation = Activation::identity) {
+    dispatch_variant<T, kBatchNorm>(activation, residual, pre_activation, [&](auto variant) {
+      using V = decltype(variant);
+      plane.template set<V>();
+      columns.template set<V>();
+      plane_sums = gradient_moments<typename V::Act, kGradientResidual<V>, typename V::X>;
+      column_sums = column_gradient_moments<typename V::Act, kGradientResidual<V>, typename V::X>;
+      keeps_gradient = !residual && kExpensive<typename V::Act, T>;
     });
-  }
-
- private:
-  template <class Act, bool kResidual, class X>
-  void set() {
-    keeps_gradient = !kResidual && kExpensive<Act, T>;
-    plane.template set<Act, kResidual, X>();
-    columns.template set<Act, kResidual, X>();
-    plane_sums = gradient_moments<Act, kResidual, X>;
-    column_sums = column_gradient_moments<Act, kResidual, X>;
-    if constexpr (kBatchNorm) {
-      plane_moments = plane_moments_of<X>;
-      group_moments = group_moments_of<X>;
-    }
   }
 };
 
@@ -260,7 +287,11 @@ void for_each_task(ParallelFor parallel_for, int64_t tasks, int64_t work, F f) {
 template <class F>
 auto dispatch_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
+#if NORMFUSED_VECTOR_BYTES == 64
+    case Dtype::float64: break;  // never comes here: dispatch.cpp
+#else
     case Dtype::float64: return f(double{});
+#endif
     case Dtype::bfloat16: return f(BFloat16{});
     case Dtype::float16: return f(Float16{});
     case Dtype::float32: break;

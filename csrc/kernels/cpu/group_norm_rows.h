@@ -34,7 +34,7 @@ void row_gradient_moments(const T* __restrict x, const T* __restrict dy, int64_t
   accumulate<2, A, false>(n, totals, [=](int64_t i, auto& sums) __attribute__((always_inline)) {
     using V = lane_type<decltype(sums[0])>;
     const PlaneParameters<V> q = p.template at<V>(i);
-    const V g = gradient<Act, false>(x, dy, static_cast<const T*>(nullptr), i, q);
+    const V g = gradient<Act, Residual::none>(x, dy, static_cast<const T*>(nullptr), i, q);
     const V deviation = load<V>(x + i) - q.mean, weighted = g * load<V>(p.weight + i);
     store(s + i, load<V>(s + i) + g);
     store(d + i, load<V>(d + i) + g * (deviation * q.outer));
@@ -47,21 +47,25 @@ void row_gradient_moments(const T* __restrict x, const T* __restrict dy, int64_t
 
 // The loops over rows that depend on the activation.
 template <class T>
-struct RowFunctions {
+ApplyFunction<T, RowParameters<arithmetic_t<T>>> apply_row_function(Activation activation) {
+  ApplyFunction<T, RowParameters<arithmetic_t<T>>> function;
+  dispatch_activation(activation, [&](auto act) {
+    function = apply_tile<decltype(act), Residual::none, T, RowParameters<arithmetic_t<T>>>;
+  });
+  return function;
+}
+template <class T>
+struct RowBackwardFunctions {
   using A = arithmetic_t<T>;
   using P = RowParameters<A>;
-  void (*apply)(const T* x, const T* residual, T* y, int64_t rows, int64_t cols, int64_t stride, int64_t ahead,
-                const P&);
   void (*sums)(const T* x, const T* dy, int64_t n, const P&, A* s, A* d, double& total, double& total_deviation);
-  void (*backward)(const T* x, const T* dy, const T* residual, T* dx, int64_t rows, int64_t cols, int64_t stride,
-                   int64_t ahead, const P&);
+  BackwardFunction<T, P> backward;
 
-  explicit RowFunctions(Activation activation) {
+  explicit RowBackwardFunctions(Activation activation) {
     dispatch_activation(activation, [&](auto act) {
       using Act = decltype(act);
-      apply = apply_tile<Act, false, T, P>;
       sums = row_gradient_moments<Act, T>;
-      backward = backward_tile<Act, false, Statistics::group, T, P>;
+      backward = backward_tile<Act, Residual::none, Statistics::group, T, P>;
     });
   }
 };

@@ -170,6 +170,16 @@ NORMFUSED_INLINE U narrow(V value, Float16) {
   return sign | (magnitude >= 0x477ff000u ? special : finite);
 }
 
+// Of one value: called, since loops over less than a vector are rare, and small this way.
+template <class T>
+NORMFUSED_NOINLINE float widen_one(T x) {
+  return widen<float>(static_cast<uint32_t>(x.bits), T{});
+}
+template <class T>
+NORMFUSED_NOINLINE T narrow_one(float value) {
+  return {static_cast<uint16_t>(narrow<uint32_t>(value, T{}))};
+}
+
 // load<V>(x): the element at x as V = arithmetic_t<T>, or the next elements as a vector.
 template <class V, class T>
 NORMFUSED_INLINE V load(const T* x) {
@@ -179,7 +189,7 @@ NORMFUSED_INLINE V load(const T* x) {
     __builtin_memcpy(&v, x, sizeof v);
     return v;
   } else if constexpr (kCount == 1) {
-    return widen<V>(static_cast<uint32_t>(x->bits), T{});
+    return widen_one(*x);
   } else if constexpr (kConvertsHalf && kIsHalf<T>) {
     return widen_half(bit_load<ShortVector>(x));
   } else if constexpr (kConvertsBFloat16 && kIsBFloat16<T>) {
@@ -196,7 +206,7 @@ NORMFUSED_INLINE void store(T* y, V value) {
   if constexpr (sizeof(T) == sizeof(typename Lanes<V>::type)) {
     __builtin_memcpy(y, &value, sizeof value);
   } else if constexpr (kCount == 1) {
-    y->bits = static_cast<uint16_t>(narrow<uint32_t>(value, T{}));
+    *y = narrow_one<T>(value);
   } else if constexpr (kConvertsHalf && kIsHalf<T>) {
     const auto bits = narrow_half(value);
     __builtin_memcpy(y, &bits, sizeof bits);
@@ -238,7 +248,7 @@ NORMFUSED_INLINE V rounded(V value) {
   if constexpr (sizeof(T) == sizeof(typename Lanes<V>::type)) {
     return value;
   } else if constexpr (Lanes<V>::kCount == 1) {
-    return widen<V>(narrow<uint32_t>(value, T{}), T{});
+    return widen_one(narrow_one<T>(value));
   } else if constexpr (kConvertsHalf && kIsHalf<T>) {
     return widen_half(narrow_half(value));
   } else if constexpr (kConvertsBFloat16 && kIsBFloat16<T>) {

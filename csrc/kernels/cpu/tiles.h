@@ -24,9 +24,10 @@ inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool is_finite(double value) { return value - value == 0; }
 
-// z = (x - mean) * scale + bias; the gradient dx = dz * scale - outer * (offset + (x - mean) * slope), where
-// BatchNorm's outer is its scale. The factor outer, which offset and slope share, stays outside: slope times it falls
-// below the smallest float where x is about 1e20.
+// z = (x - mean) * scale + bias; the gradient dx through the statistics of a group is dz * scale - outer * (offset +
+// (x - mean) * slope), through those of a batch the same with scale for outer, and without statistics dz * outer. The
+// factor that offset and slope share stays outside: slope times it falls below the smallest float where x is about
+// 1e20.
 template <class A>
 struct PlaneParameters {
   A mean, scale, bias, outer, offset, slope;
@@ -37,6 +38,7 @@ struct PlaneParameters {
     return {constant<V>(mean),  constant<V>(scale),  constant<V>(bias),
             constant<V>(outer), constant<V>(offset), constant<V>(slope)};
   }
+  PlaneParameters with_scale_as_outer() const { return {mean, scale, bias, scale, offset, slope}; }
 };
 
 template <class A>
@@ -50,6 +52,7 @@ struct ColumnParameters {
             load<V>(outer + c), load<V>(offset + c), load<V>(slope + c)};
   }
   ColumnParameters from(int64_t c) const { return {mean + c, scale + c, bias + c, outer + c, offset + c, slope + c}; }
+  ColumnParameters with_scale_as_outer() const { return {mean, scale, bias, scale, offset, slope}; }
 
   void set(int64_t c, const PlaneParameters<A>& p) const {
     mean[c] = p.mean;
@@ -212,38 +215,66 @@ void add_shifted_moments(const T* x, int64_t rows, int64_t cols, int64_t stride,
   for (; r < rows; ++r) add_rows<1>(x + r * stride, cols, stride, ahead, shift, s1, s2);
 }
 
+// Whether z has a residual; either: where its pointer is not null. That costs a branch for a vector and saves a copy of
+// the loop, so it is for activations that take much longer.
+enum class Residual { none, given, either };
+
 // z, of the elements at i.
-template <bool kResidual, class X, class V>
+template <Residual kResidual, class X, class V>
 NORMFUSED_INLINE V pre_activation(const X* x, const element_t<X>* residual, int64_t i, const PlaneParameters<V>& p) {
   V z = (load<V>(x + i) - p.mean) * p.scale + p.bias;
-  if constexpr (kResidual) z += load<V>(residual + i);
+  if (kResidual == Residual::given || (kResidual == Residual::either && residual)) z += load<V>(residual + i);
   return z;
 }
 
-// dz = act'(z) dy, with z rounded as native's separate operators would round it.
-template <class Act, bool kResidual, class X, class V>
+// act(z) and act'(z) dy, with z rounded as native's separate operators would round it.
+template <class Act, class T, class V>
+NORMFUSED_INLINE V activated(V z) {
+  if constexpr (!Act::kSelects) z = rounded<T>(z);
+  return Act::forward(z);
+}
+template <class Act, class T, class V>
+NORMFUSED_INLINE V activated_gradient(V z, V dy) {
+  if constexpr (!Act::kSelects) z = rounded<T>(z);
+  return Act::backward(z, dy, Rounding<T>{});
+}
+// Of one value: called, since loops over less than a vector are rare, and small this way.
+template <class Act, class T>
+NORMFUSED_NOINLINE arithmetic_t<T> activated_one(arithmetic_t<T> z) {
+  return activated<Act, T>(z);
+}
+template <class Act, class T>
+NORMFUSED_NOINLINE arithmetic_t<T> activated_gradient_one(arithmetic_t<T> z, arithmetic_t<T> dy) {
+  return activated_gradient<Act, T>(z, dy);
+}
+
+// dz.
+template <class Act, Residual kResidual, class X, class V>
 NORMFUSED_INLINE V gradient(const X* x, const element_t<X>* dy, const element_t<X>* residual, int64_t i,
                             const PlaneParameters<V>& p) {
-  V z = pre_activation<kResidual>(x, residual, i, p);
-  if constexpr (!Act::kSelects) z = rounded<element_t<X>>(z);
-  return Act::backward(z, load<V>(dy + i), Rounding<element_t<X>>{});
+  const V z = pre_activation<kResidual>(x, residual, i, p), g = load<V>(dy + i);
+  if constexpr (Lanes<V>::kCount == 1 && !Act::kSelects) return activated_gradient_one<Act, element_t<X>>(z, g);
+  return activated_gradient<Act, element_t<X>>(z, g);
 }
 
 // y = act(z).
-template <class Act, bool kResidual, class X, class P>
+template <class Act, Residual kResidual, class X, class P>
 void apply_tile(const element_t<X>* __restrict stored, const element_t<X>* __restrict residual,
                 element_t<X>* __restrict y, int64_t rows, int64_t cols, int64_t stride, int64_t ahead, const P& p) {
   const X* x = read_as<X>(stored);
   for_each_element<X>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
     prefetch(x, i + ahead);
-    auto z = pre_activation<kResidual>(x, residual, i, q);
-    if constexpr (!Act::kSelects) z = rounded<element_t<X>>(z);
-    store(y + i, Act::forward(z));
+    const auto z = pre_activation<kResidual>(x, residual, i, q);
+    if constexpr (Lanes<lane_type<decltype(z)>>::kCount == 1 && !Act::kSelects) {
+      store(y + i, activated_one<Act, element_t<X>>(z));
+    } else {
+      store(y + i, activated<Act, element_t<X>>(z));
+    }
   });
 }
 
 // Adds dz = act'(z) dy, and dz (x - mean), of n adjacent elements of one channel to s and d.
-template <class Act, bool kResidual, class X>
+template <class Act, Residual kResidual, class X>
 void gradient_moments(const element_t<X>* __restrict stored, const element_t<X>* __restrict dy,
                       const element_t<X>* __restrict residual, int64_t n, int64_t ahead,
                       const PlaneParameters<arithmetic_t<X>>& parameters, double& s, double& d) {
@@ -266,10 +297,10 @@ void gradient_moments(const element_t<X>* __restrict stored, const element_t<X>*
 
 // Rows that share one load of the sums. More than one pays where the loop does little else; for the rest it would only
 // make the code larger.
-template <class Act, bool kResidual, class X>
-constexpr int kSharedRows = Act::kSelects && !kResidual && sizeof(X) <= 4 ? 4 : 1;
+template <class Act, Residual kResidual, class X>
+constexpr int kSharedRows = Act::kSelects && kResidual == Residual::none && sizeof(X) <= 4 ? 4 : 1;
 
-template <class Act, bool kResidual, int kRows, class X>
+template <class Act, Residual kResidual, int kRows, class X>
 NORMFUSED_INLINE void add_gradient_rows(const X* x, const element_t<X>* dy, const element_t<X>* residual, int64_t cols,
                                         int64_t stride, int64_t ahead, const ColumnParameters<arithmetic_t<X>>& p,
                                         arithmetic_t<X>* s, arithmetic_t<X>* d) {
@@ -291,7 +322,7 @@ NORMFUSED_INLINE void add_gradient_rows(const X* x, const element_t<X>* dy, cons
 }
 
 // The same for each of cols columns over rows, added to s and d.
-template <class Act, bool kResidual, class X>
+template <class Act, Residual kResidual, class X>
 void column_gradient_moments(const element_t<X>* __restrict stored, const element_t<X>* __restrict dy,
                              const element_t<X>* __restrict residual, int64_t rows, int64_t cols, int64_t stride,
                              RowReading reading, const ColumnParameters<arithmetic_t<X>>& p,
@@ -302,21 +333,21 @@ void column_gradient_moments(const element_t<X>* __restrict stored, const elemen
   int64_t r = 0;
   for (; !reading.one_by_one && r + kRows <= rows; r += kRows) {
     const int64_t at = r * stride;
-    add_gradient_rows<Act, kResidual, kRows>(x + at, dy + at, residual + (kResidual ? at : 0), cols, stride, ahead, p,
-                                             s, d);
+    add_gradient_rows<Act, kResidual, kRows>(x + at, dy + at, residual ? residual + at : nullptr, cols, stride, ahead,
+                                             p, s, d);
   }
   for (; r < rows; ++r) {
     const int64_t at = r * stride;
-    add_gradient_rows<Act, kResidual, 1>(x + at, dy + at, residual + (kResidual ? at : 0), cols, stride, ahead, p, s,
+    add_gradient_rows<Act, kResidual, 1>(x + at, dy + at, residual ? residual + at : nullptr, cols, stride, ahead, p, s,
                                          d);
   }
 }
 
-// What dx goes through besides scale: nothing (evaluation), the statistics of a batch, or those of a group.
+// What dx goes through: nothing (evaluation; and dz itself), the statistics of a batch, or those of a group.
 enum class Statistics { frozen, batch, group };
 
 // dx may be dy where no vector of a row overlaps another.
-template <class Act, bool kResidual, Statistics kStatistics, class X, class P>
+template <class Act, Residual kResidual, Statistics kStatistics, class X, class P>
 void backward_tile(const element_t<X>* __restrict stored, const element_t<X>* dy,
                    const element_t<X>* __restrict residual, element_t<X>* dx, int64_t rows, int64_t cols,
                    int64_t stride, int64_t ahead, const P& p) {
@@ -329,18 +360,9 @@ void backward_tile(const element_t<X>* __restrict stored, const element_t<X>* dy
     const V through = q.offset + (load<V>(x + i) - q.mean) * q.slope;
     // A batch: the difference first, so that a dz that is the same everywhere gives 0, not the products' rounding.
     if constexpr (kStatistics == Statistics::batch) g -= through;
-    g *= q.scale;
+    g *= kStatistics == Statistics::frozen ? q.outer : q.scale;
     if constexpr (kStatistics == Statistics::group) g -= q.outer * through;
     store(dx + i, gradient_of_stored(x + i, g));
-  });
-}
-
-// dz, which is dresidual too.
-template <class Act, bool kResidual, class T, class P>
-void gradient_tile(const T* __restrict x, const T* __restrict dy, const T* __restrict residual, T* __restrict dz,
-                   int64_t rows, int64_t cols, int64_t stride, const P& p) {
-  for_each_element<T>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
-    store(dz + i, gradient<Act, kResidual>(x, dy, residual, i, q));
   });
 }
 

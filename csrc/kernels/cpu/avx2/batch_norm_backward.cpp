@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
 #include "../target_avx2.h"
 // The target comes first.
-#include "../batch_norm.cpp"
+#include "../batch_norm_backward.cpp"
 #endif

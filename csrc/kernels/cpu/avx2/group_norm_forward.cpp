@@ -1,0 +1,5 @@
+#if defined(__x86_64__)
+#include "../target_avx2.h"
+// The target comes first.
+#include "../group_norm_forward.cpp"
+#endif

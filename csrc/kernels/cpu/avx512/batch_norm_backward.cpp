@@ -1,0 +1,5 @@
+#if defined(__x86_64__)
+#include "../target_avx512.h"
+// The target comes first.
+#include "../batch_norm_backward.cpp"
+#endif
