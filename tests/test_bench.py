@@ -200,6 +200,7 @@ def test_resuming_elsewhere_is_refused(tmp_path, capsys):
     assert "measured under other conditions (torch)" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_layer_of_ones_own_in_every_mode(tmp_path):
     modes = ("forward", "eval", "backward", "forward+backward")
     arguments = ("--residual", "--activation", "relu", "--dtype", "fp16", "bf16", "--providers", "eager", "normfused")

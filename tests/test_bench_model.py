@@ -87,6 +87,7 @@ def test_memory_is_the_same_whenever_garbage_is_collected(small_models, tmp_path
         gc.enable()
 
 
+@pytest.mark.thorough
 def test_memory_resumes_what_is_missing(small_models, tmp_path, monkeypatch):
     arguments = ["memory", "--size", "32", "--model", "mobilenet_v2", "--out", str(tmp_path), "--variant", "native"]
     assert main([*arguments, "--batch", "2"]) == 0

@@ -91,6 +91,7 @@ def test_bandwidth_counts_the_tensors_of_a_pass():
     assert rates == ["2) ", "4) ", "4) ", "6) ", "2) ", "4) ", "4) ", "20%) "]
 
 
+@pytest.mark.thorough
 def test_a_small_run(tmp_path):
     assert (
         main(["passes", "--shape", "2,8,6,6", "--seconds", "0.01", "--memory", "system", "--out", str(tmp_path)]) == 0

@@ -66,6 +66,7 @@ def test_onednn_that_is_missing_is_a_row_that_says_so(tmp_path, monkeypatch):
     assert "apt-get install libdnnl2" in failure
 
 
+@pytest.mark.thorough
 def test_several_numbers_of_threads_are_measured_side_by_side(tmp_path):
     seen, before = set(), torch.get_num_threads()
     eager = providers.eager

@@ -237,6 +237,7 @@ def test_without_the_core_everything_runs_on_torch_with_one_warning(pure_python)
     assert result.stdout.count("install a C++ compiler") == 2
 
 
+@pytest.mark.thorough
 def test_in_a_clone_it_is_said_that_an_installed_package_is_hidden(pure_python, tmp_path):
     code = "import normfused; print(normfused.info()['extension']['why_not'])"
     assert "start Python elsewhere" not in pure_python(code).stdout
@@ -244,6 +245,7 @@ def test_in_a_clone_it_is_said_that_an_installed_package_is_hidden(pure_python, 
     assert f"this is the source tree {tmp_path}: start Python elsewhere" in pure_python(code).stdout
 
 
+@pytest.mark.thorough
 def test_without_the_core_the_first_call_may_be_a_compiled_one(pure_python):
     result = pure_python(
         "import torch, normfused\n"

@@ -381,6 +381,7 @@ def compiled(case):
     return breaks
 
 
+@pytest.mark.thorough
 def test_compiles_without_graph_breaks(pools):
     assert pools[2].run(compiled, Case((2, 3))) == [0, 0]
 
@@ -496,7 +497,8 @@ WRAPPERS = {"DDP": nn.parallel.DistributedDataParallel, "FSDP2": fully_shard}
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.parametrize(
-    ("world_size", "recompute"), [(2, False), (2, True), pytest.param(4, False, marks=pytest.mark.thorough)]
+    ("world_size", "recompute"),
+    [(2, False), *(pytest.param(*case, marks=pytest.mark.thorough) for case in ((2, True), (4, False)))],
 )
 def test_training_a_model(pools, wrap, world_size, recompute):
     ranks = pools[world_size]

@@ -212,6 +212,7 @@ def test_state_copies_and_repr(native_cls, cls, args, kwargs, shape):
         assert torch.equal(twin(randn(*shape)), y)
 
 
+@pytest.mark.thorough
 @layers
 def test_compile_fullgraph(native_cls, cls, args, kwargs, shape):
     native, ours = pair(native_cls, cls, args, kwargs, None, "silu")

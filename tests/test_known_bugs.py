@@ -197,6 +197,7 @@ def test_pytorch_111824_group_norm_keeps_channels_last(backend, shape, mode):
         assert x.grad.is_contiguous(memory_format=CHANNELS_LAST[len(shape)])
 
 
+@pytest.mark.thorough(interpreted=True)
 def test_pytorch_140913_dweight_of_channels_last_group_norm_under_compile(backend):
     torch._dynamo.reset()
     batch = 1 if interpreted(backend) else 8

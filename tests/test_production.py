@@ -66,6 +66,7 @@ def test_compiles_without_graph_breaks(models, training):
     assert_close(*(list(model.buffers()) for model in models))
 
 
+@pytest.mark.thorough
 @ours
 def test_inductor_copies_nothing_around_a_layer():
     """Its convolutions are channels_last whatever the model is; our kernels read what they put out, as it is."""
