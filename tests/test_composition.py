@@ -66,6 +66,7 @@ def test_opcheck_of_batch_norm_in_every_layout(backend, dtype, layout, record_pr
     record_property("cases", calls)
 
 
+@pytest.mark.thorough(interpreted=True)
 @pytest.mark.parametrize("dtype", FLOATS, ids=names)
 @pytest.mark.parametrize("layout", layouts(4))
 def test_opcheck_of_group_norm_in_every_layout(backend, dtype, layout, record_property):

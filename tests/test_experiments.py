@@ -41,7 +41,12 @@ def run(name, folder, *arguments):
     return status, json.loads(file.read_text()) if file.exists() else None
 
 
-@pytest.mark.parametrize("name", experiments.NAMES)
+SLOW = ("family", "initialisation")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough if name in SLOW else ()) for name in experiments.NAMES]
+)
 def test_what_an_experiment_writes(name, tmp_path, capsys):
     status, content = run(name, tmp_path)
     assert status == 0

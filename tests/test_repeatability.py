@@ -35,6 +35,7 @@ def operands(shape, channels_last):
     return x.requires_grad_(), dy, weight, bias
 
 
+@pytest.mark.thorough(interpreted=True)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=names)
 def test_repeats_are_bitwise_equal(backend, shape, channels_last, two_threads, record_property):
