@@ -100,18 +100,18 @@ class BatchNormBackwardDriver {
   template <class Functions, class P>
   void apply(const Functions& functions, int64_t at, int64_t rows, int64_t cols, int64_t stride, int64_t ahead,
              const P& p) {
-    const auto apply_to = [&](T* to, auto backward, const P& parameters) {
+    const auto apply_to = [&](T* to, auto backward, int64_t wanted, const P& parameters) {
       write(to + at, rows * cols, second_pass_.streams,
-            [&](T* tile) { backward(x_ + at, dy_ + at, residual(at), tile, rows, cols, stride, ahead, parameters); });
+            [&](T* tile) { backward(x_ + at, dy_ + at, residual(at), tile, rows, cols, stride, wanted, parameters); });
     };
     if (dx_) {
       if (args_.training) {
-        apply_to(dx_, functions.backward, p);
+        apply_to(dx_, functions.backward, ahead, p);
       } else {
-        apply_to(dx_, functions.backward_frozen, p.with_scale_as_outer());
+        apply_to(dx_, functions.backward_frozen, ahead, p.with_scale_as_outer());
       }
     }
-    if (dresidual_) apply_to(dresidual_, functions.backward_frozen, p);
+    if (dresidual_) apply_to(dresidual_, functions.backward_frozen, 0, p);
   }
 
   void apply_plane(int64_t at, int64_t n, const PlaneParameters<A>& p) {

@@ -354,8 +354,11 @@ void backward_tile(const element_t<X>* __restrict stored, const element_t<X>* dy
   const X* x = read_as<X>(stored);
   for_each_element<X>(rows, cols, stride, p, [=](const auto& q, int64_t i) __attribute__((always_inline)) {
     using V = lane_type<decltype(q.mean)>;
-    prefetch(x, i + ahead);
-    prefetch(dy, i + ahead);
+    // For dz, after dx, all of it is in L1, where asking costs as much as reading.
+    if (kStatistics != Statistics::frozen || ahead) {
+      prefetch(x, i + ahead);
+      prefetch(dy, i + ahead);
+    }
     V g = gradient<Act, kResidual>(x, dy, residual, i, q);
     const V through = q.offset + (load<V>(x + i) - q.mean) * q.slope;
     // A batch: the difference first, so that a dz that is the same everywhere gives 0, not the products' rounding.
