@@ -355,7 +355,7 @@ def counting_gpu(monkeypatch):
     return log
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", [False, pytest.param(True, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("mode", [mode for mode in cases.MODES if mode != "host"])
 def test_graph_timing(counting_gpu, mode, residual):
     case = cases.Case("own", (2, 8, 8, 8), "float32", "contiguous", activation="relu", residual=residual)

@@ -36,7 +36,7 @@ CASES = {
     "split_columns, panels": (963, (11, 7), True),
     "columns, channels_last": (4 * 1031, (1, 2), True),
 }
-THOROUGH = ("split_planes", "split_columns, wide rows", "columns, channels_last")
+THOROUGH = ("split_columns, panels", "split_planes", "split_columns, wide rows", "columns, channels_last")
 SOME = [pytest.param(case, marks=pytest.mark.thorough if case in THOROUGH else ()) for case in CASES]
 
 

@@ -102,7 +102,9 @@ def check_on_chip(plan, request, device):
         assert plan["chunks"] == 1
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "device", [pytest.param(d, marks=() if d in ("sm_80", "sm_90") else pytest.mark.thorough) for d in DEVICES]
+)
 @settings(max_examples=examples(2000), deadline=None)
 @given(request=requests())
 def test_a_plan_covers_every_element_once_within_the_limits(device, request):

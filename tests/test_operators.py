@@ -49,6 +49,7 @@ def batch_norm_args(x, residual, weight, bias, mean, var, training, activation="
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("training", [True, False])
@@ -67,6 +68,7 @@ def test_opcheck_batch_norm_act(dtype, memory_format, training, affine):
         )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("affine", [True, False])

@@ -173,6 +173,7 @@ def module_pair(module_cls, constructor_input, activation, dtype, training):
     return native.train(training), ours.train(training)
 
 
+@pytest.mark.thorough(interpreted=True)
 @pytest.mark.parametrize("module_cls", FUSED, ids=lambda module: module.__name__)
 @activations
 @dtypes
